@@ -1,0 +1,151 @@
+"""Channels: a half's end of the communicator. The contract, and its plainest form, `reference`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenweave.comm.transport import Transport
+from tokenweave.shard import shards
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """What a Reduce gives back: `data` [rows, hidden], valid until the strand's next request.
+
+    scale, unquantised and residual stay None until a quantised output or an exported residual is asked for.
+    """
+
+    data: Tensor
+    scale: Tensor | None = None
+    unquantised: Tensor | None = None
+    residual: Tensor | None = None
+
+
+class Buffers:
+    """What one half communicates through: a partial-in and a hidden-out buffer that never alias, kept between steps."""
+
+    def __init__(self, max_rows: int, hidden_size: int, dtype: torch.dtype, device: torch.device):
+        self.partial = torch.empty(max_rows, hidden_size, dtype=dtype, device=device)
+        self.hidden = torch.empty(max_rows, hidden_size, dtype=dtype, device=device)
+
+
+class Channel:
+    """One half's communication in one step, over all ranks' rows: the `reference` form.
+
+    The residual is replicated: every rank sums, adds and normalises all rows.
+    """
+
+    def __init__(self, rows: int, half: int, buffers: Buffers, transport: Transport, lane: Any, rank: int):
+        self.rows = rows
+        self.half = half
+        self.buffers = buffers
+        self.transport = transport
+        self.lane = lane
+        self.rank = rank
+        self.residual: Tensor | None = None
+        self.sent_bytes = 0
+
+    def partial(self, rows: int) -> Tensor:
+        """[rows, hidden] to write the next partial into (`out=`), so that nothing is copied on the way to the wire."""
+        return self.buffers.partial[:rows]
+
+    def reduce(self, request: Any) -> Any:
+        rows = len(request.rows.host) if request.rows else len(request.partial)
+        return self._submit(lambda: self._reduce(request), "sum", request.site, rows)
+
+    def gather(self, request: Any) -> Any:
+        return self._submit(lambda: self._gather(request), "gather", request.site, len(request.part))
+
+    def _submit(self, run: Any, kind: str, site: str, rows: int) -> Any:
+        return self.lane.submit(run, kind=kind, site=site, half=self.half, rows=rows)
+
+    def _reduce(self, request: Any) -> Hidden:
+        total, residual = request.partial, self.residual
+        if request.rows is not None:
+            total = total.index_select(0, request.rows.index)
+            residual = None if residual is None else residual.index_select(0, request.rows.index)
+        self.sent_bytes += self.transport.all_reduce(total)
+        self.residual, hidden = finish(total, residual, request)
+        return Hidden(hidden)
+
+    def _gather(self, request: Any) -> Tensor:
+        outs = [request.part.new_empty(len(request.part), width) for width in request.widths]
+        self.sent_bytes += self.transport.all_gather_columns(request.part, outs)
+        return torch.cat(outs, dim=1)
+
+
+def finish(total: Tensor, residual: Tensor | None, request: Any) -> tuple[Tensor, Tensor]:
+    """What follows a sum, on any subset of rows: returns (new residual, hidden), both [rows, hidden].
+
+    total may be wider (fp32) than the residual's dtype; the result is rounded to the partial's dtype.
+    """
+    dtype = request.partial.dtype
+    if request.bias is not None:
+        total = total + request.bias
+    if request.post_norm is not None:
+        total = request.post_norm(total)
+    total = total.clone() if residual is None else total + residual  # the partial's buffer is lent out again
+    residual = total.to(dtype)
+    return residual, request.norm(residual) if request.norm is not None else residual
+
+
+class ShardedChannel(Channel):
+    """reduce_scatter -> add + norm on this rank's rows -> all_gather: 1/W of the norm work, the residual a shard."""
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self.owners = shards(self.rows, self.transport.world_size)
+
+    def _reduce(self, request: Any) -> Hidden:
+        partial = request.partial
+        if request.rows is not None:
+            partial = partial.index_select(0, request.rows.index)
+            self._keep(request.rows)
+        mine = self.owners[self.rank]
+        total = partial.new_empty(len(mine), partial.shape[1], dtype=torch.float32)
+        self.sent_bytes += self.transport.reduce_scatter(partial, self.owners, total)
+        self.residual, own = finish(total, self.residual, request)
+        out = self.buffers.hidden[: len(partial)]
+        out[mine.start : mine.stop] = own
+        self.sent_bytes += self.transport.all_gather_rows(out, self.owners)
+        return Hidden(out)
+
+    def _keep(self, rows: Any) -> None:
+        """Only `rows` stay alive. Each stays with the rank that owns it, so no residual moves; shards become ragged."""
+        mine = self.owners[self.rank]
+        if self.residual is not None:
+            self.residual = self.residual.index_select(0, rows.index[slice_of(rows.host, mine)] - mine.start)
+        self.owners = surviving(self.owners, rows.host)
+
+
+def slice_of(rows: tuple[int, ...], owned: range) -> slice:
+    """Where the ascending `rows` fall into `owned`."""
+    return slice(sum(row < owned.start for row in rows), sum(row < owned.stop for row in rows))
+
+
+def surviving(owners: list[range], rows: tuple[int, ...]) -> list[range]:
+    """The owners of `rows` alone, renumbered 0..len(rows)-1; each row stays with the rank that had it."""
+    slices = [slice_of(rows, owned) for owned in owners]
+    return [range(part.start, part.stop) for part in slices]
+
+
+class Communicator:
+    """Opens channels: one per half and step. `form` is chosen at `open` and fixed for the strand's life."""
+
+    forms = {"reference": Channel, "sharded": ShardedChannel}
+
+    def __init__(self, transport: Transport, rank: int, max_rows: int, hidden_size: int, dtype: torch.dtype, device: Any):
+        self.transport = transport
+        self.rank = rank
+        self._halves: list[Buffers] = []
+        self._make = lambda: Buffers(max_rows, hidden_size, dtype, device)
+
+    def open(self, rows: int, half: int, lane: Any, form: str) -> Channel:
+        """The channel of one half of `rows` rows; its sums run on `lane`."""
+        while len(self._halves) <= half:
+            self._halves.append(self._make())
+        return self.forms[form](rows, half, self._halves[half], self.transport, lane, self.rank)

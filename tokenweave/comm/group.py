@@ -1,0 +1,163 @@
+"""Ranks: who takes part, and the process groups they talk through."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import pickle
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+INLINE_BYTES = 4096  # a control message up to this size travels in one piece
+
+
+class PeerError(RuntimeError):
+    """Another rank failed; its message names the rank and what it reported."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One rank's view of the tensor-parallel group.
+
+    control: a gloo group for small messages of the main thread. comm: the group of the comm lane alone, because two
+    threads that share one group can exchange each other's messages. Both are None at world size 1.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    timeout_s: float
+    control: Any = None
+    comm: Any = None
+
+    def send(self, message: Any) -> None:
+        """Rank 0: hand one picklable message to every other rank, in order."""
+        if self.world_size == 1:
+            return
+        payload = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+        head = torch.zeros(8 + INLINE_BYTES, dtype=torch.uint8)
+        head[:8] = torch.tensor([len(payload)]).view(torch.uint8)
+        data = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        inline = data[:INLINE_BYTES]
+        head[8 : 8 + len(inline)] = inline
+        pieces = [head] if len(payload) <= INLINE_BYTES else [head, data[INLINE_BYTES:]]
+        peers = range(1, self.world_size)
+        for work in [dist.isend(piece, peer, group=self.control) for piece in pieces for peer in peers]:
+            work.wait()
+
+    def receive(self) -> Any:
+        """Every other rank: the next message of rank 0; raises after `timeout_s`, or when rank 0 is gone."""
+        head = torch.empty(8 + INLINE_BYTES, dtype=torch.uint8)
+        dist.recv(head, 0, group=self.control)
+        size = int(head[:8].view(torch.int64))
+        data = head[8 : 8 + min(size, INLINE_BYTES)]
+        if size > INLINE_BYTES:
+            rest = torch.empty(size - INLINE_BYTES, dtype=torch.uint8)
+            dist.recv(rest, 0, group=self.control)
+            data = torch.cat([data, rest])
+        return pickle.loads(data.numpy().tobytes())
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's picklable value, on every rank, in rank order."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    @contextmanager
+    def together(self, task: str) -> Iterator[None]:
+        """Run a block that may fail on some ranks only; if it did, every rank raises.
+
+        A rank that failed raises its own error, the others a PeerError that quotes it. Nobody is left waiting.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        report = None if error is None else (type(error), str(error))
+        reports = self.gather(report)
+        if error is not None:
+            raise error
+        for rank, failed in enumerate(reports):
+            if failed is not None:
+                raise peer_error(rank, task, *failed)
+
+    def leave(self) -> None:
+        """Free this object's process groups (not the default group, which others may use)."""
+        for group in (self.comm, self.control):
+            if group is not None:
+                dist.destroy_process_group(group)
+
+
+def peer_error(rank: int, task: str, kind: type[Exception], text: str) -> Exception:
+    """The error the other ranks raise: of the same kind where it is a plain one, so that callers can catch it."""
+    if kind in (ValueError, TypeError, FileNotFoundError):
+        return kind(text)
+    return PeerError(f"rank {rank} failed in {task}: {kind.__name__}: {text}")
+
+
+def environment_world_size() -> int:
+    """The world size torchrun (or an initialised default group) gives this process; 1 without either."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks of one host meet that were not started by torchrun."""
+
+    port: int
+    rank: int
+    world_size: int
+
+
+def join(device: torch.device, timeout_s: float, meeting: Rendezvous | None = None) -> Ranks:
+    """Join the group of `meeting`, else the default group if there is one, else the one torchrun's variables describe.
+
+    Every wait on the groups is bounded by `timeout_s`. World size 1 needs no process group at all.
+    """
+    if meeting is None and environment_world_size() == 1:
+        return Ranks(0, 1, device, timeout_s)
+    timeout = timedelta(seconds=timeout_s)
+    if not dist.is_initialized():
+        enter_default_group(timeout, meeting)
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    comm = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, timeout_s, control, comm)
+
+
+def enter_default_group(timeout: timedelta, meeting: Rendezvous | None) -> None:
+    one_host = meeting is not None or os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    if one_host:
+        stay_on_loopback()
+    if meeting is None:
+        dist.init_process_group("gloo", timeout=timeout)
+    else:
+        address = f"tcp://127.0.0.1:{meeting.port}"
+        dist.init_process_group(
+            "gloo", init_method=address, rank=meeting.rank, world_size=meeting.world_size, timeout=timeout
+        )
+    atexit.register(leave_default_group)  # a process that ends with the group alive aborts
+
+
+def stay_on_loopback() -> None:
+    """Keep gloo on the loopback interface: the host's name may resolve to another, or to none."""
+    names = [name for _, name in socket.if_nameindex()]
+    for name in ("lo", "lo0"):
+        if name in names:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def leave_default_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,61 @@
+"""EngineConfig: what a user may set, every default stated once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from tokenweave.comm.link import Link
+from tokenweave.keywords import known_keywords
+
+OVERLAPS = ("auto", "off", "fused", "weave")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@known_keywords
+@dataclass(frozen=True)
+class EngineConfig:
+    """Options of one LLM. Raises ValueError for a value that cannot be, TypeError for an unknown option."""
+
+    model: str
+    overlap: str = "auto"  # "off": plain all-reduce | "fused": sharded sums, no split | "weave": two halves | "auto"
+    dtype: str = "auto"  # "auto": what the checkpoint states, and float32 on a CPU
+    device: str = "auto"  # "auto": CUDA where there is one
+    max_num_batched_tokens: int = 2048  # tokens of one step, prefill and decode together
+    max_num_seqs: int = 64  # sequences that run at once
+    block_size: int = 16  # tokens of one KV block
+    num_kv_blocks: int | None = None  # None: what max_num_seqs of max_model_len need, within a share of free memory
+    max_model_len: int | None = None  # None: what the model was made for
+    enable_prefix_caching: bool = True
+    seed: int = 0  # of requests that bring none
+    tensor_parallel_size: int | None = None  # None: torchrun's world size, 1 without it
+    timeout_s: float = 600.0  # the bound on every wait for another rank
+    link: Link | None = None  # simulate a wire of this speed under the comm lane (CPU; tests and perf)
+    trace: str | None = None  # write a timeline here, and a picture of it beside
+    progress: bool = True  # bars on rank 0, while loading and generating
+
+    def __post_init__(self) -> None:
+        one_of("overlap", self.overlap, OVERLAPS)
+        one_of("dtype", self.dtype, DTYPES)
+        one_of("device", self.device, DEVICES)
+        for name in ("max_num_batched_tokens", "max_num_seqs", "block_size"):
+            whole_number(name, getattr(self, name))
+        for name in ("num_kv_blocks", "max_model_len", "tensor_parallel_size"):
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name))
+        if not self.timeout_s > 0:
+            raise ValueError(f"timeout_s must be > 0 seconds, got {self.timeout_s!r}")
+        if self.link is not None and not isinstance(self.link, Link):
+            raise ValueError(f"link must be a tokenweave.comm.link.Link or None, got {self.link!r}")
+
+
+def one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def whole_number(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")

@@ -1,0 +1,44 @@
+"""What a step takes on this machine, by mode and row count: measured when an LLM with overlap="auto" starts."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from tokenweave.weave.plan import StepTimes, plan_step
+
+ROW_COUNTS = (1, 16, 128, 512)
+BUDGET_S = 0.5  # larger row counts are left out once a step takes longer than this
+REPEATS = 3
+
+
+def measure_step_times(runner: Any) -> StepTimes:
+    """Time real forward passes of every mode. Collective: every rank calls it, and rank 0's figures are the group's.
+
+    Uses the cache's first blocks, so no request may be running.
+    """
+    seconds: dict[str, dict[int, float]] = {"off": {}, "fused": {}, "weave": {}}
+    for rows in fitting(runner):
+        for mode in seconds:
+            seconds[mode][rows] = min(time_step(runner, mode, rows) for _ in range(REPEATS))
+        seconds = runner.ranks.gather(seconds)[0]
+        if seconds["off"][rows] > BUDGET_S:
+            break
+    return StepTimes(seconds)
+
+
+def fitting(runner: Any) -> list[int]:
+    """Row counts that the cache, the step budget and the model's length have room for."""
+    capacity = len(runner.storage) * runner.config.block_size
+    most = min(capacity, runner.config.max_num_batched_tokens, runner.max_model_len)
+    return [rows for rows in ROW_COUNTS if rows <= most]
+
+
+def time_step(runner: Any, mode: str, rows: int) -> float:
+    """Seconds of one forward pass of a prompt of `rows` tokens."""
+    batch = runner.blank_batch(rows)
+    runner.ranks.gather(None)  # all ranks start together
+    start_s = time.perf_counter()
+    runner.forward(batch, plan_step(mode, rows, None))
+    runner.synchronize()
+    return time.perf_counter() - start_s

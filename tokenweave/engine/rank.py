@@ -1,0 +1,77 @@
+"""Opening one rank: the same steps on every rank, in the same order, with every failure shared."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tokenweave.comm.group import Ranks, Rendezvous, join
+from tokenweave.config import EngineConfig
+from tokenweave.cost.measure import measure_step_times
+from tokenweave.engine.runner import Runner
+from tokenweave.models.hub import resolve
+from tokenweave.models.registry import read_config
+from tokenweave.weave.lanes import Observer
+from tokenweave.weave.plan import StepTimes
+
+
+@dataclass(frozen=True)
+class Rank:
+    """An open rank."""
+
+    ranks: Ranks
+    runner: Runner
+    folder: Path
+    hf_config: Any
+    times: StepTimes | None  # what overlap="auto" decides by
+
+    def close(self) -> None:
+        self.runner.close()
+        self.ranks.leave()
+
+
+def open_rank(config: EngineConfig, meeting: Rendezvous | None = None, observers: tuple[Observer, ...] = ()) -> Rank:
+    """Join the others, load this rank's share of the model, and measure where the plan asks for it. Collective.
+
+    Raises the same kind of error on every rank when any of them fails.
+    """
+    device = pick_device(config.device)
+    ranks = join(device, config.timeout_s, meeting)
+    try:
+        return load_rank(config, ranks, observers)
+    except BaseException:
+        ranks.leave()
+        raise
+
+
+def load_rank(config: EngineConfig, ranks: Ranks, observers: tuple[Observer, ...]) -> Rank:
+    with ranks.together("finding the model"):
+        if ranks.rank == 0:
+            resolve(config.model)  # one rank downloads, the others then find it in the cache
+    with ranks.together("loading the model"):
+        folder = resolve(config.model)
+        hf_config = read_config(folder)
+        runner = Runner(config, ranks, folder, hf_config, observers)
+    with ranks.together("allocating the KV cache"):
+        runner.allocate()
+    measured = config.overlap == "auto" and ranks.world_size > 1
+    times = measure_step_times(runner) if measured else None
+    return Rank(ranks, runner, folder, hf_config, times)
+
+
+def pick_device(asked: str) -> torch.device:
+    """The device of this rank. Raises ValueError for CUDA where there is none."""
+    available = torch.cuda.is_available()
+    if asked == "cuda" and not available:
+        raise ValueError("device='cuda', but torch sees no CUDA device; install a CUDA build of torch, or use device='cpu'")
+    if asked == "cpu" or not available:
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", dist.get_rank() if dist.is_initialized() else 0))
+    device = torch.device("cuda", local % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,141 @@
+"""Scheduler: which sequences the next step computes, and how many tokens of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence as Items
+from dataclasses import dataclass
+
+from tokenweave.engine.kv_cache import BlockPool
+from tokenweave.engine.sequence import Sequence
+
+
+def first_come(waiting: Items[Sequence]) -> Sequence:
+    """Order: who starts next."""
+    return min(waiting, key=lambda sequence: sequence.arrival)
+
+
+def whole_budget(sequence: Sequence, budget: int) -> int:
+    """Budget: how many tokens a sequence gets of those left in the step. Long prompts are computed in chunks."""
+    return min(sequence.left, budget)
+
+
+def last_come(candidates: Items[Sequence]) -> Sequence:
+    """Preempt: who gives its blocks back. The latest, so that the earliest always ends."""
+    return max(candidates, key=lambda sequence: sequence.arrival)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The three decisions that can be swapped, each a pure function."""
+
+    order: Callable[[Items[Sequence]], Sequence] = first_come
+    budget: Callable[[Sequence, int], int] = whole_budget
+    preempt: Callable[[Items[Sequence]], Sequence] = last_come
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    sequence: Sequence
+    count: int  # tokens to compute in this step
+
+
+class Scheduler:
+    """Continuous batching: every step takes up what runs, then starts what waits, within a budget of tokens."""
+
+    def __init__(self, pool: BlockPool, max_num_batched_tokens: int, max_num_seqs: int, policy: Policy | None = None):
+        self.pool = pool
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_seqs = max_num_seqs
+        self.policy = policy or Policy()
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def schedule(self) -> list[Scheduled]:
+        """The next step, its blocks taken. Never empty while there is work."""
+        waiting = len(self.waiting)
+        scheduled = self._continue_running()
+        budget = self.max_num_batched_tokens - sum(one.count for one in scheduled)
+        if len(self.waiting) == waiting:  # else blocks are short: one that was preempted must not come back at once
+            scheduled += self._start_waiting(budget)
+        if self.busy and not scheduled:
+            raise RuntimeError("nothing can be scheduled although requests wait; this is a bug in the scheduler")
+        return scheduled
+
+    def _continue_running(self) -> list[Scheduled]:
+        scheduled: list[Scheduled] = []
+        budget = self.max_num_batched_tokens
+        for sequence in list(self.running):
+            if budget == 0 or sequence not in self.running:
+                continue
+            count = self.policy.budget(sequence, budget)
+            if self._make_room(sequence, count, done=[one.sequence for one in scheduled]):
+                self._grow(sequence, count)
+                scheduled.append(Scheduled(sequence, count))
+                budget -= count
+        return scheduled
+
+    def _make_room(self, sequence: Sequence, count: int, done: list[Sequence]) -> bool:
+        """Free blocks for `count` more tokens, preempting others if need be; False if `sequence` itself had to go."""
+        while self._missing(sequence, count) > self.pool.num_free:
+            victim = self.policy.preempt([one for one in self.running if one not in done])
+            self.preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _start_waiting(self, budget: int) -> list[Scheduled]:
+        scheduled: list[Scheduled] = []
+        while self.waiting and budget and len(self.running) < self.max_num_seqs:
+            sequence = self.policy.order(self.waiting)
+            cached = self._cached(sequence)
+            sequence.computed = len(cached) * self.pool.block_size
+            count = self.policy.budget(sequence, budget)
+            fresh = self.pool.blocks_for(sequence.computed + count) - len(cached)
+            if self.pool.cost(cached, fresh) > self.pool.num_free:
+                sequence.computed = 0
+                break
+            self.pool.reuse(cached)
+            sequence.block_table, sequence.published = cached + self.pool.take(fresh), len(cached)
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            scheduled.append(Scheduled(sequence, count))
+            budget -= count
+        return scheduled
+
+    def _cached(self, sequence: Sequence) -> list[int]:
+        """Blocks that hold the beginning already; the last token is always computed, for its logits."""
+        if not self.pool.caching:
+            return []
+        usable = (len(sequence.tokens) - 1) // self.pool.block_size
+        return self.pool.match(sequence.digest(self.pool.block_size)[:usable])
+
+    def _missing(self, sequence: Sequence, count: int) -> int:
+        return self.pool.blocks_for(sequence.computed + count) - len(sequence.block_table)
+
+    def _grow(self, sequence: Sequence, count: int) -> None:
+        sequence.block_table += self.pool.take(max(0, self._missing(sequence, count)))
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Back to the queue; what was computed is computed again later, or found in the prefix cache."""
+        self.running.remove(sequence)
+        sequence.release(self.pool)
+        sequence.preemptions += 1
+        self.waiting.append(sequence)
+
+    def computed(self, scheduled: Items[Scheduled]) -> None:
+        """A step is done: its tokens are in the cache."""
+        for one in scheduled:
+            one.sequence.computed += one.count
+            one.sequence.publish(self.pool)
+
+    def finish(self, sequence: Sequence) -> None:
+        """A sequence has ended, wherever it was."""
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        sequence.release(self.pool)

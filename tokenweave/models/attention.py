@@ -1,0 +1,185 @@
+"""Attention over a paged key-value cache, in plain torch operators. Another device may bring another callable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CAPPED_QUERIES = 256  # queries at a time where scores are materialised (soft cap), to bound memory
+
+
+@dataclass(frozen=True)
+class Options:
+    """How one layer attends. window: keys visible to a query, itself included; None = all before it."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+class Span(Protocol):
+    """One sequence's part of a half: `len` new tokens after `context` cached ones, in the cache's blocks."""
+
+    context: int
+    block_table: Sequence[int]
+
+    def __len__(self) -> int: ...
+
+
+class PagedAttention:
+    """Write a half's keys and values into the cache, then attend. Built once per half and step, used by every layer.
+
+    storage: [block, layer, 2, token, kv_head, head_dim]. Viewed as rows of kv_head * head_dim elements, the key of
+    token t of block b in layer l is row ((b * layers + l) * 2) * block_size + t, and its value block_size rows on.
+    """
+
+    def __init__(self, spans: Sequence[Span], storage: Tensor):
+        self.spans = spans
+        self.rows = storage.view(-1, storage.shape[4] * storage.shape[5])
+        self.device = storage.device
+        self.block_size = storage.shape[3]
+        self.layers = storage.shape[1]
+        starts = np.cumsum([0] + [len(span) for span in spans])
+        parts = [_Prefill(self, int(at), span) for at, span in zip(starts, spans, strict=False) if len(span) > 1]
+        single = [(int(at), span) for at, span in zip(starts, spans, strict=False) if len(span) == 1]
+        self.parts: list[_Prefill | _Decode] = [*parts, *([_Decode(self, single)] if single else [])]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+        """q: [tokens, heads, head_dim], k and v: [tokens, kv_heads, head_dim]; returns [tokens, heads * head_dim]."""
+        self.write(layer, k, v)
+        out = torch.empty_like(q)
+        for part in self.parts:
+            part.attend(layer, q, k, v, options, out)
+        return out.flatten(1)
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        keys = self._written + 2 * layer * self.block_size
+        self.rows.index_copy_(0, keys, k.flatten(1))
+        self.rows.index_copy_(0, keys + self.block_size, v.flatten(1))
+
+    def read(self, layer: int, slots: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
+        """(keys, values), each [slots..., kv_heads, head_dim]."""
+        keys = slots + 2 * layer * self.block_size
+        shape = (*slots.shape, kv_heads, -1)
+        pick = [self.rows.index_select(0, rows.flatten()).view(shape) for rows in (keys, keys + self.block_size)]
+        return pick[0], pick[1]
+
+    def slots(self, span: Span, start: int, stop: int) -> np.ndarray:
+        """Rows of layer 0's keys for token positions start..stop of the span's sequence."""
+        position = np.arange(start, stop)
+        block = np.asarray(span.block_table, dtype=np.int64)[position // self.block_size]
+        return block * (2 * self.layers * self.block_size) + position % self.block_size
+
+    @cached_property
+    def _written(self) -> Tensor:
+        rows = [self.slots(span, span.context, span.context + len(span)) for span in self.spans]
+        return torch.from_numpy(np.concatenate(rows)).to(self.device)
+
+
+class _Prefill:
+    """A span of several tokens."""
+
+    def __init__(self, paged: PagedAttention, at: int, span: Span):
+        self.paged = paged
+        self.at, self.count, self.context = at, len(span), span.context
+        self.span = span
+        self._views: dict[int | None, tuple[Tensor | None, Tensor | None]] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: Options, out: Tensor) -> None:
+        mine = slice(self.at, self.at + self.count)
+        slots, mask = self._view(options.window)
+        keys, values = (k[mine], v[mine]) if slots is None else self.paged.read(layer, slots, k.shape[1])
+        q, k, v = (x.transpose(0, 1)[None] for x in (q[mine], keys, values))
+        out[mine] = attend(q, k, v, mask, mask is None, options)[0].transpose(0, 1)
+
+    def _view(self, window: int | None) -> tuple[Tensor | None, Tensor | None]:
+        """(slots to read, None when all keys are this span's own; mask, None when plainly causal)."""
+        if window not in self._views:
+            self._views[window] = (self._slots(window), self._mask(window))
+        return self._views[window]
+
+    def _first_key(self, window: int | None) -> int:
+        return 0 if window is None else max(0, self.context - window + 1)
+
+    def _slots(self, window: int | None) -> Tensor | None:
+        if self.context == 0:
+            return None
+        read = self.paged.slots(self.span, self._first_key(window), self.context + self.count)
+        return torch.from_numpy(read).to(self.paged.device)
+
+    def _mask(self, window: int | None) -> Tensor | None:
+        """[queries, keys], True where the key is visible."""
+        if self.context == 0 and (window is None or self.count <= window):
+            return None
+        query = torch.arange(self.context, self.context + self.count, device=self.paged.device)[:, None]
+        key = torch.arange(self._first_key(window), self.context + self.count, device=self.paged.device)
+        return key <= query if window is None else (key <= query) & (key > query - window)
+
+
+class _Decode:
+    """All spans of one token, attended together: their keys are read into one rectangle and masked to their lengths."""
+
+    def __init__(self, paged: PagedAttention, spans: list[tuple[int, Span]]):
+        self.paged = paged
+        self.spans = [span for _, span in spans]
+        self.at = torch.tensor([at for at, _ in spans], device=paged.device)
+        self._views: dict[int | None, tuple[Tensor, Tensor | None]] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: Options, out: Tensor) -> None:
+        slots, mask = self._view(options.window)
+        keys, values = self.paged.read(layer, slots, k.shape[1])
+        picked = q.index_select(0, self.at).view(len(self.at), k.shape[1], -1, q.shape[2])  # heads of one KV head
+        got = attend(picked, keys.transpose(1, 2), values.transpose(1, 2), mask, False, options)
+        out.index_copy_(0, self.at, got.reshape(len(self.at), *q.shape[1:]))
+
+    def _view(self, window: int | None) -> tuple[Tensor, Tensor | None]:
+        """(slots [spans, most keys], mask [spans, 1, 1, most keys] or None where all are as long).
+
+        A place past a sequence's end repeats its first key: whatever is there is finite and masked.
+        """
+        if window not in self._views:
+            lengths = [span.context + 1 for span in self.spans]
+            counts = [length if window is None else min(length, window) for length in lengths]
+            most = max(counts)
+            slots = np.empty((len(counts), most), dtype=np.int64)
+            for row, span, length, count in zip(slots, self.spans, lengths, counts, strict=True):
+                row[:count] = self.paged.slots(span, length - count, length)
+                row[count:] = row[0]
+            mask = np.arange(most)[None] < np.asarray(counts)[:, None]
+            visible = None if mask.all() else torch.from_numpy(mask)[:, None, None].to(self.paged.device)
+            self._views[window] = (torch.from_numpy(slots).to(self.paged.device), visible)
+        return self._views[window]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, options: Options) -> Tensor:
+    """softmax(cap(q k^T * scale) + mask) v for q [batch, heads, queries, head_dim] and fewer, shared KV heads."""
+    if options.softcap is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=options.scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    return _attend_capped(q, k, v, mask, causal, options.scale, options.softcap)
+
+
+def _attend_capped(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float
+) -> Tensor:
+    """The maths written out, a block of queries at a time."""
+    shared = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+    if causal:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    out = torch.empty_like(q)
+    for start in range(0, q.shape[2], CAPPED_QUERIES):
+        block = slice(start, start + CAPPED_QUERIES)
+        scores = (q[:, :, block] @ k.transpose(2, 3)).float().mul_(scale / softcap).tanh_().mul_(softcap)
+        if mask is not None:
+            scores.masked_fill_(~mask[..., block if mask.shape[-2] > 1 else slice(None), :], float("-inf"))
+        out[:, :, block] = scores.softmax(-1).to(v.dtype) @ v
+    return out

@@ -1,0 +1,73 @@
+"""Experts: a mixture-of-experts block, every expert's intermediate width cut over the ranks as an Mlp's is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenweave.models.layers import Place, activation_function, as_slice
+from tokenweave.models.spec import ExpertsSpec
+from tokenweave.models.weights import Load
+
+
+class Experts:
+    """sum over the token's top-k experts e of weight_e * down_e(act(gate_e(x)) * up_e(x)).
+
+    Weights are the softmax over all experts' router logits, renormalised over the top k where the model says so.
+    Every rank routes all tokens of a half, once; the router is small and replicated.
+    """
+
+    bias = None
+
+    def __init__(self, place: Place, hidden_size: int, spec: ExpertsSpec, activation: str):
+        self.spec = spec
+        self.act = activation_function(activation)
+        self.owned = place.share(spec.intermediate_size)
+        self.router = place.empty(spec.count, hidden_size)
+        self.gate_up = place.empty(spec.count, 2 * len(self.owned), hidden_size)
+        self.down = place.empty(spec.count, hidden_size, len(self.owned))
+
+    def __call__(self, x: Tensor, half: Any) -> Tensor:
+        weights, chosen = self.route(x)
+        total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for expert in range(self.spec.count):
+            token, place = torch.where(chosen == expert)
+            if len(token):
+                got = self.expert(expert, x.index_select(0, token)).float()
+                total.index_add_(0, token, got.mul_(weights[token, place, None]))
+        return half.partial(len(x)).copy_(total)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(weights fp32, experts), each [tokens, top_k]."""
+        weights, chosen = F.linear(x, self.router).float().softmax(-1).topk(self.spec.top_k, dim=-1)
+        return (weights / weights.sum(-1, keepdim=True) if self.spec.renormalise else weights), chosen
+
+    def expert(self, expert: int, x: Tensor) -> Tensor:
+        gate, up = F.linear(x, self.gate_up[expert]).chunk(2, dim=-1)
+        return F.linear(self.act(gate).mul_(up), self.down[expert])
+
+    def loads(self, prefix: str) -> Iterator[Load]:
+        """Per-expert tensors as hub checkpoints hold them, or transformers' fused layout."""
+        rows, width, fused = as_slice(self.owned), len(self.owned), f"{prefix}.mlp.experts"
+        up_rows = slice(rows.start + self.spec.intermediate_size, rows.stop + self.spec.intermediate_size)
+        router = f"{prefix}.{self.spec.router}.weight"
+        yield Load(self.router, router, (slice(None),), ((f"{prefix}.mlp.gate.weight", (slice(None),)),))
+        for e in range(self.spec.count):
+            name = f"{prefix}.{self.spec.expert.format(e=e)}"
+            gate_up = f"{fused}.gate_up_proj"
+            yield Load(
+                self.gate_up[e, :width], f"{name}.{self.spec.gate}.weight", (rows,), ((gate_up, (e, rows)),)
+            )
+            yield Load(
+                self.gate_up[e, width:], f"{name}.{self.spec.up}.weight", (rows,), ((gate_up, (e, up_rows)),)
+            )
+            yield Load(
+                self.down[e],
+                f"{name}.{self.spec.down}.weight",
+                (slice(None), rows),
+                ((f"{fused}.down_proj", (e, slice(None), rows)),),
+            )

@@ -1,0 +1,139 @@
+"""Tensor-parallel layers: each holds this rank's part of the weights and says what to load into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenweave.models.weights import Load
+from tokenweave.shard import shard, shards
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this rank stands, and what its weights are made of."""
+
+    rank: int
+    world_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=self.dtype, device=self.device)
+
+    def share(self, count: int) -> range:
+        """This rank's contiguous part of `count` items; parts differ by at most one."""
+        return shard(count, self.rank, self.world_size)
+
+
+def as_slice(rows: range) -> slice:
+    return slice(rows.start, rows.stop)
+
+
+class ColumnLinear:
+    """Several linear layers of one input, merged; of each this rank holds a range of output rows. x W^T + b."""
+
+    def __init__(self, place: Place, in_size: int, parts: Sequence[tuple[str, range]], bias: bool):
+        self.parts = parts
+        rows = sum(len(owned) for _, owned in parts)
+        self.weight = place.empty(rows, in_size)
+        self.bias = place.empty(rows) if bias else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[tokens, in_size] -> [tokens, this rank's rows of all parts]."""
+        return F.linear(x, self.weight, self.bias)
+
+    def loads(self, prefix: str) -> Iterator[Load]:
+        start = 0
+        for name, owned in self.parts:
+            into = slice(start, start + len(owned))
+            yield Load(self.weight[into], f"{prefix}.{name}.weight", (as_slice(owned),))
+            if self.bias is not None:
+                yield Load(self.bias[into], f"{prefix}.{name}.bias", (as_slice(owned),))
+            start += len(owned)
+
+
+class RowLinear:
+    """A linear layer whose input is cut over the ranks: its output is a partial. The bias is added after the sum."""
+
+    def __init__(self, place: Place, name: str, columns: range, out_size: int, bias: bool):
+        self.name = name
+        self.columns = columns
+        self.weight = place.empty(out_size, len(columns))
+        self.bias = place.empty(out_size) if bias else None
+
+    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
+        """x: [tokens, this rank's columns]; writes the partial [tokens, out_size] into `out`, and returns it."""
+        return torch.mm(x, self.weight.t(), out=out)
+
+    def loads(self, prefix: str) -> Iterator[Load]:
+        yield Load(self.weight, f"{prefix}.{self.name}.weight", (slice(None), as_slice(self.columns)))
+        if self.bias is not None:
+            yield Load(self.bias, f"{prefix}.{self.name}.bias", (slice(None),))
+
+
+class Vocabulary:
+    """This rank's rows of an embedding table or LM head. A vocabulary that W does not divide gives ragged shards."""
+
+    def __init__(self, place: Place, size: int, hidden_size: int):
+        self.owned = place.share(size)
+        self.widths = tuple(map(len, shards(size, place.world_size)))
+        self.weight = place.empty(len(self.owned), hidden_size)
+
+    def embed(self, token_ids: Tensor, out: Tensor) -> Tensor:
+        """[tokens] -> partial [tokens, hidden]: this rank's rows, zero for tokens that other ranks own."""
+        if len(self.owned) == 0:
+            return out.zero_()
+        local = token_ids - self.owned.start
+        foreign = (local < 0) | (local >= len(self.owned))
+        torch.index_select(self.weight, 0, local.clamp(0, len(self.owned) - 1), out=out)
+        return out.masked_fill_(foreign[:, None], 0.0)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[rows, hidden] -> [rows, this rank's part of the vocabulary]."""
+        return F.linear(x, self.weight)
+
+    def loads(self, name: str) -> Iterator[Load]:
+        yield Load(self.weight, name, (as_slice(self.owned),))
+
+
+class Mlp:
+    """down(act(gate(x)) * up(x)), the intermediate width cut over the ranks."""
+
+    def __init__(self, place: Place, hidden_size: int, intermediate_size: int, activation: str, bias: bool):
+        owned = place.share(intermediate_size)
+        self.act = activation_function(activation)
+        self.gate_up = ColumnLinear(place, hidden_size, [("gate_proj", owned), ("up_proj", owned)], bias)
+        self.down = RowLinear(place, "down_proj", owned, hidden_size, bias)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.down.bias
+
+    def __call__(self, x: Tensor, half: Any) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(self.act(gate).mul_(up), half.partial(len(x)))
+
+    def loads(self, prefix: str) -> Iterator[Load]:
+        yield from self.gate_up.loads(f"{prefix}.mlp")
+        yield from self.down.loads(f"{prefix}.mlp")
+
+
+def activation_function(name: str) -> Callable[[Tensor], Tensor]:
+    """Raises ValueError for a name that is not known."""
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "silu": F.silu,
+        "swish": F.silu,
+        "gelu": F.gelu,
+        "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+        "gelu_new": partial(F.gelu, approximate="tanh"),
+    }
+    if name not in functions:
+        raise ValueError(f"the activation {name!r} is not supported; supported: {', '.join(functions)}")
+    return functions[name]
