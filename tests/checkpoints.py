@@ -1,18 +1,20 @@
 """Tiny random checkpoints in the real architectures, as Hugging Face folders.
 
-Usage, in a test (`checkpoint` is a fixture of conftest.py; a folder is made once per session and shared, so never write into it):
+Usage, in a test (`checkpoint` is a fixture of conftest.py; a folder is made once per session and shared: never write
+into it, copy it):
 
     def test_logits(checkpoint):
-        folder = checkpoint("gemma2")                     # pathlib.Path; also checkpoint("gemma2", seed=1, dtype="bfloat16")
+        folder = checkpoint("gemma2")                  # a pathlib.Path; also checkpoint(name, seed=1, dtype="bfloat16")
 
-    @pytest.mark.parametrize("name", ARCHITECTURES)       # every architecture that the runtime claims
+    @pytest.mark.parametrize("name", ARCHITECTURES)    # every architecture that the runtime claims
     ...
-    if not ARCHITECTURES[name].fits(world_size): ...      # do its head counts divide (or replicate) over that many ranks?
+    if not ARCHITECTURES[name].fits(world_size): ...   # whether its head counts divide (or replicate) over the ranks
 
-Each folder holds config.json (some in the spelling of transformers 5, some in that of the hub), safetensors (some sharded,
-with an index), generation_config.json, and a byte-level tokenizer with a chat template: token id = byte value, then bos, eos,
-pad. The weights are drawn so that everything shows: attention attends, norm weights and biases matter, logits are spread, and
-greedy text neither stands still nor hangs on near-ties (transformers' own init of std 0.02 gives nearly uniform logits).
+Each folder holds config.json (some in the spelling of transformers 5, some in that of the hub), safetensors (some
+sharded, with an index), generation_config.json, and a byte-level tokenizer with a chat template: token id = byte
+value, then bos, eos, pad. The weights are drawn so that everything shows: attention attends, norm weights and biases
+matter, logits are spread, and greedy text neither stands still nor hangs on near-ties. (transformers' own init, of
+std 0.02, gives nearly uniform logits.)
 """
 
 import json
@@ -29,7 +31,8 @@ import torch
 
 VOCAB_SIZE = 259  # divisible by 7 and 37 only: every world size gets uneven vocabulary shards
 BOS, EOS, PAD = 256, 257, 258
-PROMPT_LENGTHS = (1, 3, 17, 64, 230, 700)  # 230 crosses the 256 tokens of dynamic rope while decoding, 700 starts beyond them
+# Dynamic rope changes at 256 tokens: 230 crosses them while decoding, 700 starts beyond.
+PROMPT_LENGTHS = (1, 3, 17, 64, 230, 700)
 
 LOGIT_STD = 3.0
 
@@ -38,19 +41,19 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
 
-SMALL: dict[str, Any] = dict(
-    vocab_size=VOCAB_SIZE,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=3,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    max_position_embeddings=1024,
-    bos_token_id=BOS,
-    eos_token_id=EOS,
-    pad_token_id=PAD,
-    tie_word_embeddings=False,
-)
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1024,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+    "tie_word_embeddings": False,
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Architecture:
     """One architecture to test: `options` are config keywords on top of SMALL.
 
     `old_config` writes config.json as hub folders from before transformers 5 have it (rope_theta, rope_scaling, no
-    layer_types); `config_edits` are written into config.json last; `max_shard_size` splits the weights into several files.
+    layer_types); `config_edits` are written into it last; `max_shard_size` splits the weights into several files.
     """
 
     name: str
@@ -92,56 +95,64 @@ def _rope(rope_type: str, **parameters: Any) -> dict[str, Any]:
 
 _LLAMA3 = _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=128)
 _YARN = _rope("yarn", factor=8.0, original_max_position_embeddings=128)
-_EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
-_QWEN3_EXPERTS = dict(head_dim=16, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=48)
-_GEMMA2 = dict(
-    head_dim=16,
-    num_hidden_layers=4,
-    sliding_window=32,
-    query_pre_attn_scalar=24,
-    attn_logit_softcapping=5.0,
-    final_logit_softcapping=20.0,
-    tie_word_embeddings=True,
-)
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_QWEN3_EXPERTS = {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+_GEMMA2 = {
+    "head_dim": 16,
+    "num_hidden_layers": 4,
+    "sliding_window": 32,
+    "query_pre_attn_scalar": 24,
+    "attn_logit_softcapping": 5.0,
+    "final_logit_softcapping": 20.0,
+    "tie_word_embeddings": True,
+}
 
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.name: architecture
     for architecture in (
         Architecture("llama", "llama", max_shard_size="150KB"),
-        Architecture("llama_llama3", "llama", dict(rope_parameters=_LLAMA3, num_key_value_heads=2), old_config=True),
-        Architecture("llama_linear", "llama", dict(rope_parameters=_rope("linear", factor=4.0)), old_config=True),
+        Architecture("llama_llama3", "llama", {"rope_parameters": _LLAMA3, "num_key_value_heads": 2}, old_config=True),
+        Architecture("llama_linear", "llama", {"rope_parameters": _rope("linear", factor=4.0)}, old_config=True),
         Architecture(
             "llama_dynamic",
             "llama",
-            dict(rope_parameters=_rope("dynamic", factor=4.0), max_position_embeddings=256, num_key_value_heads=8),
+            {"rope_parameters": _rope("dynamic", factor=4.0), "max_position_embeddings": 256, "num_key_value_heads": 8},
         ),
-        Architecture("llama_yarn", "llama", dict(rope_parameters=_YARN, hidden_size=96, intermediate_size=144, head_dim=16)),
-        Architecture("llama_bias", "llama", dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
-        Architecture("llama_head_dim", "llama", dict(head_dim=12, num_key_value_heads=2)),
+        Architecture(
+            "llama_yarn",
+            "llama",
+            {"rope_parameters": _YARN, "hidden_size": 96, "intermediate_size": 144, "head_dim": 16},
+        ),
+        Architecture("llama_bias", "llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+        Architecture("llama_head_dim", "llama", {"head_dim": 12, "num_key_value_heads": 2}),
         # The only one that W = 3 and 6 can take, and that W = 2 cannot.
-        Architecture("llama_six_heads", "llama", dict(hidden_size=96, num_attention_heads=6, num_key_value_heads=3)),
-        Architecture("mistral", "mistral", dict(sliding_window=24, num_key_value_heads=2), old_config=True),
+        Architecture(
+            "llama_six_heads", "llama", {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}
+        ),
+        Architecture("mistral", "mistral", {"sliding_window": 24, "num_key_value_heads": 2}, old_config=True),
         # As on the hub: a window is written down, and switched off.
-        Architecture("qwen2", "qwen2", old_config=True, config_edits=dict(sliding_window=8, max_window_layers=1)),
+        Architecture("qwen2", "qwen2", old_config=True, config_edits={"sliding_window": 8, "max_window_layers": 1}),
         Architecture(
             "qwen2_window",
             "qwen2",
-            dict(use_sliding_window=True, sliding_window=24, max_window_layers=1, num_key_value_heads=2),
+            {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1, "num_key_value_heads": 2},
             old_config=True,
         ),
-        Architecture("qwen3", "qwen3", dict(head_dim=16), max_shard_size="150KB"),
+        Architecture("qwen3", "qwen3", {"head_dim": 16}, max_shard_size="150KB"),
         Architecture("mixtral", "mixtral", dict(_EXPERTS, num_key_value_heads=2), old_config=True),
         Architecture("qwen3_moe", "qwen3_moe", dict(_QWEN3_EXPERTS, norm_topk_prob=True, mlp_only_layers=[0])),
-        Architecture("qwen3_moe_raw_topk", "qwen3_moe", dict(_QWEN3_EXPERTS, norm_topk_prob=False, num_hidden_layers=2)),
+        Architecture(
+            "qwen3_moe_raw_topk", "qwen3_moe", dict(_QWEN3_EXPERTS, norm_topk_prob=False, num_hidden_layers=2)
+        ),
         # Two KV heads: q and k are normalised over all heads, which four ranks hold with copies.
-        Architecture("olmo2", "olmo2", dict(num_key_value_heads=2)),
+        Architecture("olmo2", "olmo2", {"num_key_value_heads": 2}),
         Architecture("gemma2", "gemma2", _GEMMA2, old_config=True),
     )
 }
 
 
 def build_checkpoint(root: Path, name: str, seed: int = 0, dtype: str = "float32") -> Path:
-    """Folder `root/<name>-<seed>-<dtype>` with the checkpoint, made if it is not there yet. `dtype` is that of the file."""
+    """Folder `root/<name>-<seed>-<dtype>` with the checkpoint in that dtype, made if it is not there yet."""
     folder = root / f"{name}-{seed}-{dtype}"
     if not folder.exists():
         unfinished = root / f".{folder.name}.{os.getpid()}"
@@ -215,14 +226,15 @@ def _gain(name: str) -> float:
 
 def _heavy_tailed(normal: torch.Tensor, power: int) -> torch.Tensor:
     """Unit variance; sets the best token further apart from the second than a normal distribution would."""
-    raised = normal.sign() * normal.abs() ** power
-    return raised / math.prod(range(1, 2 * power, 2)) ** 0.5  # the variance of a standard normal's power: (2 power - 1)!!
+    variance = math.prod(range(1, 2 * power, 2))  # of a standard normal's power: (2 power - 1)!!
+    return normal.sign() * normal.abs() ** power / variance**0.5
 
 
 def _embedding(normal: torch.Tensor, config: Any) -> torch.Tensor:
-    """Unit variance where it enters the model. A tail as heavy as the LM head's would have a few tokens follow themselves."""
+    """Unit variance where it enters the model. With the heavier tail of an LM head, few tokens would make all text."""
     entering = _heavy_tailed(normal, 2) if config.tie_word_embeddings else normal
-    return entering / config.hidden_size**0.5 if config.model_type == "gemma2" else entering  # which multiplies by the root
+    gemma_scale = config.hidden_size**0.5  # by which Gemma multiplies what it looks up
+    return entering / gemma_scale if config.model_type == "gemma2" else entering
 
 
 def _norm_weight(name: str, shape: torch.Size, config: Any, generator: torch.Generator) -> torch.Tensor:
@@ -235,7 +247,7 @@ def _norm_weight(name: str, shape: torch.Size, config: Any, generator: torch.Gen
 
 
 def _tied_final_norm(weight: torch.Tensor, config: Any, generator: torch.Generator) -> torch.Tensor:
-    """Scaled to logits of LOGIT_STD; with random signs, or every token would predict itself (its embedding times itself)."""
+    """Scaled to logits of LOGIT_STD; with random signs, or a token's embedding times itself would predict it again."""
     signs = 2 * torch.randint(0, 2, weight.shape, generator=generator) - 1
     logit_std = 1.0 if config.model_type == "gemma2" else config.hidden_size**0.5
     return LOGIT_STD / logit_std * signs * weight
@@ -252,7 +264,7 @@ def byte_tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE(vocab={symbol: byte for byte, symbol in enumerate(_byte_symbols())}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = dict(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
     tokenizer.add_special_tokens(list(special.values()))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, **special)
 

@@ -1,4 +1,4 @@
-"""Options, markers and fixtures of all tests. See ranks.py, checkpoints.py and reference.py for how to use the last two."""
+"""Options, markers and fixtures of all tests. How to use them: ranks.py, checkpoints.py, reference.py."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -10,14 +10,14 @@ import torch
 from tests.checkpoints import build_checkpoint
 from tests.ranks import RankPool
 
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="also run the tests marked 'full' (much longer)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: part of the full product of settings, runs only with --full")
-    # Ranks use one thread each; the reference models are too small to gain from more than two.
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(1)  # tests are too small to gain from more, and lose much where threads wait for a busy core
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -52,7 +52,7 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """checkpoint(name, seed=0, dtype="float32") -> folder of that architecture's tiny checkpoint. Never write into it."""
+    """checkpoint(name, seed=0, dtype="float32") -> folder of that tiny checkpoint, shared: never write into it."""
     root = tmp_path_factory.mktemp("checkpoints")
 
     def folder(name: str, seed: int = 0, dtype: str = "float32") -> Path:

@@ -2,7 +2,7 @@
 
 Usage, in a test (`ranks` is a fixture of conftest.py):
 
-    def total(x: int) -> int:                                  # runs on every rank: a module-level function, sent by name
+    def total(x: int) -> int:                                  # runs on every rank; a module's function: sent by name
         tensor = torch.tensor(x * dist.get_rank())
         dist.all_reduce(tensor)
         return int(tensor)
@@ -14,12 +14,14 @@ Usage, in a test (`ranks` is a fixture of conftest.py):
     assert all(error.type is ValueError for error in errors)
     ranks(2).output(0)                                         # what rank 0 printed and logged in that run
 
-Each rank has the environment of torchrun (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ...; as there, the launcher hosts the
-store), one thread, and an initialised default group. Arguments and results are pickled: no lambdas, no nested functions.
+Each rank has the environment of torchrun (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ...; as there, the launcher
+hosts the store), one thread, and an initialised default group. Arguments and results are pickled: no lambdas, no
+nested functions.
 
-A run fails with RankFailure, which names the rank and shows its traceback. When a rank raises unexpectedly, dies or exceeds
-`timeout_s`, the pool is ended (with the stacks of those that still ran) and the next run starts a new one; a pool whose ranks
-all answered with expected errors is kept if they can still talk to each other. Ranks end when the test process does.
+A run fails with RankFailure, which names the rank and shows its traceback. When a rank raises unexpectedly, dies or
+exceeds `timeout_s`, the pool is ended (with the stacks of those that still ran) and the next run starts a new one; a
+pool whose ranks all answered with expected errors is kept if they can still talk to each other. Ranks end when the
+test process does.
 """
 
 import contextlib
@@ -46,7 +48,8 @@ import torch.distributed as dist
 ROOT = Path(__file__).parents[1]
 START_TIMEOUT_S = 120.0
 GROUP_TIMEOUT_S = 120.0
-GRACE_S = 5.0  # for the other ranks, once one has raised
+GRACE_S = 3.0  # for the other ranks, once one has raised
+CHECK_TIMEOUT_S = 20.0  # for ranks that have raised as expected to show that they can still talk
 REPORT_CHARACTERS = 6000
 
 
@@ -120,11 +123,11 @@ class RankPool:
         return self._collect(timeout_s, patient)
 
     def _collect(self, timeout_s: float, patient: bool) -> list[Any]:
-        """One reply per rank. Unless `patient`, an error is a failure, and the ranks without a reply by then get GRACE_S."""
+        """One reply per rank. Unless `patient`, an error fails all, and who has not replied by then gets GRACE_S."""
         deadline, reason = time.monotonic() + timeout_s, f"no reply within {timeout_s:g} s"
         replies: dict[int, Any] = {}
         while len(replies) < self.world_size:
-            waiting = {rank.connection: i for i, rank in enumerate(self._ranks) if i not in replies}
+            waiting: dict[Any, int] = {rank.connection: i for i, rank in enumerate(self._ranks) if i not in replies}
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             for connection in ready:
                 replies[waiting[connection]] = self._receive(waiting[connection], replies)
@@ -147,7 +150,7 @@ class RankPool:
         """After expected errors a group may hold half a collective: ranks that cannot talk any more are ended."""
         outputs = self._outputs
         with contextlib.suppress(RankFailure):  # which has ended them
-            self._call(pickle.dumps((_check_groups, (), {})), 2 * GRACE_S, patient=False)
+            self._call(pickle.dumps((_check_groups, (), {})), CHECK_TIMEOUT_S, patient=False)
         self._outputs = outputs
 
     def _fail(self, replies: dict[int, Any], reason: str) -> NoReturn:
@@ -167,7 +170,8 @@ class RankPool:
         lines = [f"{self.world_size} ranks: {reason}"]
         lines += [f"rank {rank} raised {error.type.__name__}: {error.message}" for rank, error in errors.items()]
         lines += [error.traceback for error in list(errors.values())[:1]]
-        lines += [f"rank {i} had not answered; its output ends:\n{self._outputs[i][-REPORT_CHARACTERS:]}" for i in silent]
+        ends = {rank: self._outputs[rank][-REPORT_CHARACTERS:] for rank in silent}
+        lines += [f"rank {rank} had not answered; its output ends:\n{end}" for rank, end in ends.items()]
         return "\n".join(lines)
 
 
@@ -176,7 +180,7 @@ class _Rank:
 
     def __init__(self, environment: dict[str, str]):
         self.connection, theirs = Pipe()
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the process lives)
         self._run_began = 0
         command = [sys.executable, "-c", f"from tests.ranks import serve; serve({theirs.fileno()})"]
         self.process = subprocess.Popen(
@@ -262,7 +266,7 @@ def _answer(message: bytes) -> bytes:
     try:
         fn, args, kwargs = pickle.loads(message)
         reply = pickle.dumps(fn(*args, **kwargs))
-    except BaseException as error:  # SystemExit and KeyboardInterrupt too: all that a rank raises is the caller's to see
+    except BaseException as error:  # SystemExit and KeyboardInterrupt too: the caller is to see all that a rank raises
         reply = pickle.dumps(RankError(_known_type(error), str(error), traceback.format_exc()))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -280,7 +284,7 @@ def _die_with_parent() -> None:
 
 def _check_groups() -> None:
     """Raises (or hangs, which the caller bounds) unless all ranks have made the same groups and can sum over them."""
-    group = dist.new_group(timeout=timedelta(seconds=GRACE_S), backend="gloo")
+    group = dist.new_group(timeout=timedelta(seconds=CHECK_TIMEOUT_S), backend="gloo")
     for over in (group, None):
         total = torch.ones(())
         dist.all_reduce(total, group=over)

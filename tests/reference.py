@@ -1,21 +1,24 @@
 """transformers as the judge: the same checkpoint, fp32, eager attention, every prompt alone and without padding.
 
-Usage, with `folder` from the `checkpoint` fixture, and `prompts` and the runtime's tokens `ours` as lists of token ids:
+Usage, with `folder` from the `checkpoint` fixture, and `prompts` and the runtime's tokens `ours` as lists of token
+ids:
 
     logits = teacher_forced(folder, prompt + ours, prompt_length=len(prompt))      # [tokens, vocab], fp32
     assert relative_error(our_rows, logits[len(prompt) - 1 : -1]).max() < BOUND    # the rows that made `ours`
 
     report = judge_greedy(folder, prompts, ours_of_all_prompts)    # every token must be the reference's choice ...
-    report.check()                                                 # ... or as good as: within 10 x BOUND of the best logit
-    assert sum(reports, GreedyReport()).excluded_share < 0.01      # over many reports: one has too few steps for a share
+    report.check()                                                 # ... or within 10 x BOUND of its best logit
+    assert sum(reports, GreedyReport()).excluded_share < 0.01      # of many reports: one has too few steps for a share
 
-`judge_greedy` teacher-forces transformers on our own text. So one near-tie, after which two correct texts differ for good,
-costs one step and not the rest of the text; and it takes one forward per sequence instead of one per token. `greedy` is the
-reference's own text, step by step. All results are kept on disk beside the checkpoint, so that the many world sizes, overlaps
-and block sizes that are held against one reference compute it once; the files go with the session's temporary folder.
+`judge_greedy` teacher-forces transformers on our own text. So one near-tie, after which two correct texts differ for
+good, costs one step and not the rest of the text; and it takes one forward per sequence instead of one per token.
+`greedy` is the reference's own text, step by step. All results are kept on disk beside the checkpoint, so that the
+many world sizes, overlaps and block sizes that are held against one reference compute it once; they go with the
+session's temporary folder.
 
-Dynamic rope is the exception: its frequencies depend on the longest position that a forward has seen, so one forward over the
-whole text is not what decoding computes. There the prompt is one forward (hence `prompt_length`) and each later token another.
+Dynamic rope is the exception: its frequencies depend on the longest position that a forward has seen, so one forward
+over the whole text is not what decoding computes. There the prompt is one forward (hence `prompt_length`) and each
+later token another.
 """
 
 import functools
@@ -34,7 +37,7 @@ NEAR_TIE = 10 * BOUND  # top-2 gaps below this leave the choice open
 
 @dataclass(frozen=True)
 class WrongToken:
-    """`ours` was generated as new token `step` of sequence `sequence`; `gap` below the best logit, relative to the largest."""
+    """`ours` was new token `step` of sequence `sequence`; its logit is `gap` (relative) below the best."""
 
     sequence: int
     step: int
@@ -78,14 +81,14 @@ class GreedyText:
 def teacher_forced(
     folder: Path, token_ids: Sequence[int], prompt_length: int | None = None, dtype: str = "float32"
 ) -> torch.Tensor:
-    """Logits [len(token_ids), vocab] in fp32: row i is what follows token i. `dtype` is what transformers computes in."""
+    """Logits [len(token_ids), vocab] in fp32: row i is what follows token i. transformers computes in `dtype`."""
     prompt_length = (prompt_length or len(token_ids)) if _rope_type(folder) == "dynamic" else len(token_ids)
     key = ("logits", list(token_ids), prompt_length, dtype)
     return _cached(folder, key, lambda: _forced_logits(load_model(folder, dtype), token_ids, prompt_length))
 
 
 def greedy(folder: Path, prompts: Sequence[Sequence[int]], new_tokens: int, dtype: str = "float32") -> list[GreedyText]:
-    """`new_tokens` argmax tokens after each prompt, decoded one by one with transformers' KV cache; eos does not stop it."""
+    """`new_tokens` argmax tokens after each prompt, one by one with transformers' KV cache; eos does not stop it."""
 
     def text(prompt: Sequence[int]) -> GreedyText:
         key = ("greedy", list(prompt), new_tokens, dtype)
@@ -97,7 +100,7 @@ def greedy(folder: Path, prompts: Sequence[Sequence[int]], new_tokens: int, dtyp
 def judge_greedy(
     folder: Path, prompts: Sequence[Sequence[int]], ours: Sequence[Sequence[int]], near_tie: float = NEAR_TIE
 ) -> GreedyReport:
-    """Holds the greedy tokens `ours[i]` of `prompts[i]` against the reference, teacher-forced on them. See the module's text."""
+    """Holds the greedy tokens `ours[i]` after `prompts[i]` against the reference, teacher-forced on them."""
     report = GreedyReport()
     for sequence, (prompt, tokens) in enumerate(zip(prompts, ours, strict=True)):
         logits = teacher_forced(folder, [*prompt, *tokens], prompt_length=len(prompt))
@@ -126,7 +129,7 @@ def relative_gaps(logits: torch.Tensor) -> torch.Tensor:
 
 
 def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Per row of [rows, vocab]: largest difference over the reference row's largest |logit|. NaN anywhere gives infinity."""
+    """Per row of [rows, vocab]: largest difference over the reference row's largest |logit|; infinity where NaN."""
     assert ours.shape == reference.shape, f"logits of shape {tuple(ours.shape)}, expected {tuple(reference.shape)}"
     error = (ours.float() - reference).abs().amax(-1) / reference.abs().amax(-1)
     return error.nan_to_num(nan=float("inf"))
@@ -167,7 +170,7 @@ def _decoder(model: Any) -> Callable[[Sequence[int]], torch.Tensor]:
     """Feeds tokens on a fresh KV cache; a call returns their logits [tokens, vocab] in fp32."""
     from transformers import DynamicCache
 
-    model(torch.tensor([[0]]))  # dynamic rope keeps the frequencies of an earlier, longer text until it sees a short one
+    model(torch.tensor([[0]]))  # a short text: dynamic rope keeps the frequencies of a long one until it sees one
     cache = DynamicCache(config=model.config)
     return lambda tokens: model(torch.tensor([list(tokens)]), past_key_values=cache, use_cache=True).logits[0].float()
 

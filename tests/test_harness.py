@@ -1,4 +1,4 @@
-"""The harness itself: ranks that raise, die or hang; checkpoints in which every parameter matters; the judge of greedy text."""
+"""The harness itself: ranks that raise, die or hang; checkpoints whose every parameter matters; the judge of text."""
 
 import json
 import os
@@ -133,7 +133,8 @@ def test_expected_errors_are_returned_and_keep_the_pool(ranks, error):
     assert ranks(2).run(os.getpid) == pids
 
 
-def test_ranks_that_no_longer_agree_are_ended(ranks):
+def test_ranks_that_no_longer_agree_are_ended(ranks, monkeypatch):
+    monkeypatch.setattr("tests.ranks.CHECK_TIMEOUT_S", 2.0)  # they cannot meet however long they wait
     pids = ranks(2).run(os.getpid)
     ranks(2).run(open_group_on, 0, expect_errors=True)
     assert ranks(2).run(os.getpid) != pids
@@ -208,7 +209,7 @@ def test_every_parameter_matters(checkpoint, name):
     with torch.inference_mode():
         changes = dict(effects(model, torch.tensor([PROBE])))
     assert len(changes) > 20
-    assert {name: change for name, change in changes.items() if change < 100 * BOUND} == {}
+    assert {name: change for name, change in changes.items() if change < 10 * BOUND} == {}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -231,7 +232,8 @@ def test_tokenizer_is_bytes(checkpoint, name):
     assert tokenizer.encode(text, add_special_tokens=False) == list(text.encode())
     assert tokenizer.decode(list(text.encode())) == text
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (BOS, EOS, PAD)
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+    messages = [{"role": "user", "content": "hi"}]
+    chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert chat == "<bos>[user] hi\n[assistant] "
 
 
@@ -284,7 +286,7 @@ def test_dynamic_rope_is_judged_as_it_is_decoded(checkpoint):
     assert torch.equal(decoded[:240], teacher_forced(folder, prompts[1]))  # and no earlier text shows
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.full)])
 def test_greedy_text_is_lively_and_clear(checkpoint, seed):
     """Under 1 % near-ties over all architectures, and no text that stands still."""
     gaps, kinds = [], []

@@ -19,10 +19,10 @@ def test_known_keywords_pass_and_the_signature_stays():
 
 
 def test_an_unknown_keyword_names_the_nearest():
-    with pytest.raises(TypeError, match="^Options has no option 'blocksize'; did you mean 'block_size'\\?$"):
+    with pytest.raises(TypeError, match=r"^Options has no option 'blocksize'; did you mean 'block_size'\?$"):
         Options(blocksize=4)
 
 
 def test_an_unknown_keyword_near_none_lists_all():
-    with pytest.raises(TypeError, match="^LLM has no option 'zzz'; the options are device, dtype$"):
+    with pytest.raises(TypeError, match=r"^LLM has no option 'zzz'; the options are device, dtype$"):
         check_keywords("LLM", ["dtype", "zzz"], ["dtype", "device"])

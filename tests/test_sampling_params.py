@@ -52,8 +52,10 @@ INVALID = [
 def test_a_bad_value_is_one_line_with_advice(kwargs, message):
     with pytest.raises(ValueError, match=message) as raised:
         SamplingParams(**kwargs)
-    what, expected, advice = str(raised.value).split("; ")
-    assert "\n" not in str(raised.value) and expected.startswith("expected") and advice
+    _, expected, advice = str(raised.value).split("; ")
+    assert "\n" not in str(raised.value)
+    assert expected.startswith("expected")
+    assert advice
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,8 @@ def test_replacing_a_field_validates_again():
 
 
 def test_greedy_is_temperature_zero_or_as_good_as():
-    assert SamplingParams(temperature=0).greedy and SamplingParams(temperature=1e-9).greedy
+    assert SamplingParams(temperature=0).greedy
+    assert SamplingParams(temperature=1e-9).greedy
     assert not SamplingParams(temperature=0.01).greedy
 
 

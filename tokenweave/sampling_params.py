@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from tokenweave.keywords import known_keywords
 
-# Below this the scaled logits differ by more than any noise: the draw is the argmax, so it is taken as greedy.
+# Below this, logits that differ at all differ by more than the noise once scaled: the draw is the argmax.
 GREEDY_TEMPERATURE = 1e-5
 
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")

@@ -48,7 +48,8 @@ def test_chunks_and_order_do_not_show():
 def test_arguments_are_left_as_they_are():
     keys, positions, columns = torch.arange(3), torch.arange(3), torch.arange(5)
     uniform(keys, positions, columns)
-    assert keys.tolist() == positions.tolist() == [0, 1, 2] and columns.tolist() == [0, 1, 2, 3, 4]
+    assert keys.tolist() == positions.tolist() == [0, 1, 2]
+    assert columns.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_uniform():
@@ -96,7 +97,8 @@ def test_every_counter_bit_changes_half_of_the_bits():
 def test_the_ends_lie_inside_zero_and_one(monkeypatch, bits, expected):
     monkeypatch.setattr(random, "_mix", lambda z: torch.full_like(z, bits))
     value = uniform(torch.tensor([1]), torch.tensor([1]), torch.tensor([1]))
-    assert value.dtype == torch.float32 and value.item() == expected
+    assert value.dtype == torch.float32
+    assert value.item() == expected
     noise = gumbel(torch.tensor([1]), torch.tensor([1]), torch.tensor([1])).item()
     assert noise == pytest.approx(-math.log(-math.log1p(-expected)), rel=1e-6)
 

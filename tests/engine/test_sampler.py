@@ -90,7 +90,8 @@ def test_a_greedy_batch_is_one_argmax_and_nothing_else():
     with Operators() as operators:
         sampled = sample(logits, [GREEDY, SamplingRow()])
     assert operators.names == ["aten.argmax.default"]
-    assert sampled.token_ids.tolist() == [1, 0] and sampled.logprobs == [None, None]
+    assert sampled.token_ids.tolist() == [1, 0]
+    assert sampled.logprobs == [None, None]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -102,7 +103,8 @@ def test_greedy_takes_the_first_of_equals(dtype):
 
 def test_no_rows():
     sampled = sample(torch.zeros(0, 5), [])
-    assert sampled.token_ids.tolist() == [] and sampled.logprobs == []
+    assert sampled.token_ids.tolist() == []
+    assert sampled.logprobs == []
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (5,)])
@@ -148,7 +150,8 @@ def test_the_guess_of_the_nucleus_does_not_show(monkeypatch):
     for guess in (1, 64, 3000):
         monkeypatch.setattr(truncation, "NUCLEUS_GUESS", guess)
         masks.append(kept(logits, rows))
-    assert torch.equal(masks[0], masks[2]) and torch.equal(masks[1], masks[2])
+    assert torch.equal(masks[0], masks[2])
+    assert torch.equal(masks[1], masks[2])
 
 
 def test_tokens_that_tie_with_the_last_kept_are_kept_in_any_batch():
@@ -220,7 +223,8 @@ def test_logits_and_rows_are_left_as_they_are():
     logits = normal(len(rows), 100)
     before = logits.clone()
     sample(logits, rows)
-    assert torch.equal(logits, before) and rows == mixed_rows()
+    assert torch.equal(logits, before)
+    assert rows == mixed_rows()
 
 
 def test_rounding_errors_of_logits_matter_only_at_near_ties():
@@ -292,7 +296,8 @@ def test_suppressed_tokens_are_never_drawn():
     assert sample(logits, [row]).token_ids.item() == 2
     rows = [replace(row, temperature=5.0, position=i) for i in range(300)] + [GREEDY]
     token_ids = sample(logits.expand(301, -1), rows).token_ids.tolist()
-    assert set(token_ids[:-1]) == {2, 3} and token_ids[-1] == 0
+    assert set(token_ids[:-1]) == {2, 3}
+    assert token_ids[-1] == 0
 
 
 def test_top_k_counts_what_suppression_leaves():
@@ -325,12 +330,16 @@ def test_tokens_of_equal_probability_share_a_rank_and_are_listed_by_id():
     report = sample(logits, [SamplingRow(logprobs=4)]).logprobs[0]
     assert (report.token_ids, report.ranks) == ([1, 4, 2, 3], [1, 1, 3, 3])
     wide = sample(logits.expand(2, -1), [SamplingRow(logprobs=4), SamplingRow(logprobs=100)]).logprobs
-    assert wide[0] == report and wide[1].token_ids == [1, 4, 2, 3, 5, 0] and wide[1].ranks == [1, 1, 3, 3, 3, 6]
+    assert wide[0] == report
+    assert wide[1].token_ids == [1, 4, 2, 3, 5, 0]
+    assert wide[1].ranks == [1, 1, 3, 3, 3, 6]
 
 
 def test_only_rows_that_ask_get_logprobs():
     first, second, third = sample(torch.zeros(3, 4), [GREEDY, SamplingRow(logprobs=0), GREEDY]).logprobs
-    assert first is third is None and second is not None and second.token_ids == [0]
+    assert first is third is None
+    assert second is not None
+    assert second.token_ids == [0]
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------

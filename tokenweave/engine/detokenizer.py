@@ -79,7 +79,7 @@ class Detokenizer:
         self._out_chars = len(self._decode(context)) - held_chars
 
     def _invisible(self, token_id: int) -> bool:
-        """True for a token without text in any context, like a skipped special token (a lone space has text in some)."""
+        """True for a token without text in any context, like a skipped special token; a space has text in some."""
         return self._decode([token_id, token_id]) == ""
 
     def _tail(self, token_ids: Sequence[int]) -> list[int]:

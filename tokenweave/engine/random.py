@@ -3,8 +3,8 @@
     row    = mix(mix(key) + GAMMA * (position + 1))
     number = mix(row      + GAMMA * (column + 1))
 
-`mix` is the finaliser of splitmix64, so the numbers of one row are the splitmix64 stream seeded with `row`. All of it is
-int64 arithmetic that wraps around: exact, and the same on every device.
+`mix` is the finaliser of splitmix64, so the numbers of one row are the splitmix64 stream seeded with `row`. All of it
+is int64 arithmetic that wraps around: exact, and the same on every device.
 """
 
 from torch import Tensor
@@ -31,8 +31,8 @@ def request_key(seed: int, request_index: int, sample_index: int) -> int:
 def uniform(keys: Tensor, positions: Tensor, columns: Tensor) -> Tensor:
     """Uniform numbers, fp32 [R, V], inside (0, 1), for int64 keys [R], positions [R] and columns [V].
 
-    Any chunking gives the same numbers. 53 bits are drawn, so close to 0 they are as fine as 2**-53; close to 1 they are
-    as fine as fp32 is (2**-24).
+    Any chunking gives the same numbers. 52 bits are drawn, so close to 0 they are as fine as 2**-52; close to 1 they
+    are as fine as fp32 is (2**-24).
     """
     rows = _mix(_mix(keys.clone()).add_((positions + 1) * _signed(GAMMA)))
     bits = _mix(rows[:, None] + (columns + 1)[None, :] * _signed(GAMMA))
@@ -43,8 +43,8 @@ def uniform(keys: Tensor, positions: Tensor, columns: Tensor) -> Tensor:
 def gumbel(keys: Tensor, positions: Tensor, columns: Tensor) -> Tensor:
     """Standard Gumbel noise, fp32 [R, V]; arguments as for `uniform`.
 
-    -log(-log(1 - u)) and not -log(-log(u)): the large values, which decide an argmax, then come from u close to 0, where
-    u is fine.
+    -log(-log(1 - u)) and not -log(-log(u)): the large values, which decide an argmax, then come from u close to 0,
+    where u is fine.
     """
     return uniform(keys, positions, columns).neg_().log1p_().neg_().log_().neg_()
 

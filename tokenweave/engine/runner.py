@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tokenweave.models.decoder import Decoder
 from tokenweave.models.layers import Place
 from tokenweave.models.registry import read_spec
 from tokenweave.models.spec import DecoderSpec
-from tokenweave.models.weights import load
+from tokenweave.models.weights import load, unused
 from tokenweave.trace.observe import TraceObserver, observed
 from tokenweave.trace.spans import Recorder
 from tokenweave.weave.lanes import InlineLane, Observer, open_lane
@@ -45,7 +46,7 @@ class Runner:
         watching = (*observers, *((TraceObserver(self.recorder),) if self.recorder else ()))
         place = Place(ranks.rank, ranks.world_size, self.dtype, ranks.device)
         self.model = Decoder(self.spec, hf_config, self.max_model_len, place)
-        load(self.model.loads(), Checkpoint(folder), progress=config.progress and ranks.rank == 0)
+        self._load(Checkpoint(folder))
         self.transport = open_transport(config, ranks)
         self.communicator = Communicator(
             self.transport, ranks.rank, config.max_num_batched_tokens, self.spec.hidden_size, self.dtype, ranks.device
@@ -87,6 +88,13 @@ class Runner:
         self.recorder.step += 1
         prefill = any(len(span) > 1 for span in batch.spans)
         self.recorder.phases[self.recorder.step] = "prefill" if prefill else "decode"
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        first = self.ranks.rank == 0
+        load(self.model.loads(), checkpoint, progress=self.config.progress and first)
+        if first and (left := unused(self.model.loads(), checkpoint)):
+            listed = ", ".join(left[:3])
+            warnings.warn(f"the checkpoint holds {len(left)} tensors that the model has no use for: {listed}", stacklevel=2)
 
     def allocate(self) -> None:
         """Allocate the KV cache: as many blocks as asked for, else as many as the poorest rank has memory for."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 class StopChecker:
     """Passes text on until a stop string is complete; never passes on what may turn out to be the beginning of one.
 
-    Of several stop strings the first to be complete counts, and of those the longest, so that the result does not depend
-    on how the text is cut into pieces.
+    Of several stop strings the first to be complete counts, and of those the longest, so that the result does not
+    depend on how the text is cut into pieces.
     """
 
     def __init__(self, stop: Sequence[str] = (), include_stop_str: bool = False) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenweave.models.attention import Options
 from tokenweave.models.experts import Experts
-from tokenweave.models.layers import ColumnLinear, Mlp, Place, RowLinear, Vocabulary
+from tokenweave.models.layers import ColumnLinear, Mlp, Place, RowLinear, Vocabulary, as_slice
 from tokenweave.models.rope import Rope, rotate
 from tokenweave.models.spec import DecoderSpec, check_world_size
 from tokenweave.models.weights import Load
@@ -66,7 +66,7 @@ class Decoder:
         yield from self.embedding.loads("model.embed_tokens.weight")
         if not self.spec.tied:
             yield from self.head.loads("lm_head.weight")
-        yield Load(self.norm.weight, "model.norm.weight", (slice(None),))
+        yield Load(self.norm.weight, "model.norm.weight")
         for i, layer in enumerate(self.layers):
             yield from layer.loads(f"model.layers.{i}")
 
@@ -92,7 +92,7 @@ class Layer:
         yield from self.mlp.loads(prefix)
         for at in ("attn_in", "attn_out", "mlp_in", "mlp_out"):
             if (norm := getattr(self, at)) is not None:
-                yield Load(norm.weight, f"{prefix}.{getattr(self.names, at)}.weight", (slice(None),))
+                yield Load(norm.weight, f"{prefix}.{getattr(self.names, at)}.weight")
 
 
 class Attention:
@@ -106,12 +106,14 @@ class Attention:
         self.kv_heads = kv_share(spec.num_kv_heads, place)
         self.world_size = place.world_size
         q, kv = (range(r.start * spec.head_dim, r.stop * spec.head_dim) for r in (self.heads, self.kv_heads))
-        parts = [("q_proj", q), ("k_proj", kv), ("v_proj", kv)]
+        q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        parts = [("q_proj", q, q_size), ("k_proj", kv, kv_size), ("v_proj", kv, kv_size)]
         self.qkv = ColumnLinear(place, spec.hidden_size, parts, spec.qkv_bias)
-        self.out = RowLinear(place, "o_proj", q, spec.hidden_size, spec.attn_out_bias)
-        self.norm_ranges = {None: None, "head": (range(spec.head_dim),) * 2, "all": (q, kv)}[spec.qk_norm]
-        if self.norm_ranges is not None:
-            self.q_norm, self.k_norm = (empty_norm(spec, place, len(owned)) for owned in self.norm_ranges)
+        self.out = RowLinear(place, "o_proj", q, q_size, spec.hidden_size, spec.attn_out_bias)
+        one_head = (range(spec.head_dim), spec.head_dim)
+        self.normed = {None: (), "head": (one_head, one_head), "all": ((q, q_size), (kv, kv_size))}[spec.qk_norm]
+        if self.normed:
+            self.q_norm, self.k_norm = (empty_norm(spec, place, len(owned)) for owned, _ in self.normed)
 
     def __call__(self, x: Tensor, half: Any, rotary: tuple[Tensor, Tensor]) -> Steps:
         """x: [tokens, hidden]; returns the partial [tokens, hidden]."""
@@ -143,9 +145,9 @@ class Attention:
     def loads(self, prefix: str) -> Iterator[Load]:
         yield from self.qkv.loads(prefix)
         yield from self.out.loads(prefix)
-        if self.norm_ranges is not None:
-            for norm, name, owned in zip((self.q_norm, self.k_norm), ("q", "k"), self.norm_ranges, strict=True):
-                yield Load(norm.weight, f"{prefix}.{name}_norm.weight", (slice(owned.start, owned.stop),))
+        if self.normed:
+            for norm, name, (owned, total) in zip((self.q_norm, self.k_norm), "qk", self.normed, strict=True):
+                yield Load(norm.weight, f"{prefix}.{name}_norm.weight", (as_slice(owned),), shape=(total,))
 
 
 def kv_share(num_kv_heads: int, place: Place) -> range:

@@ -53,21 +53,19 @@ class Experts:
     def loads(self, prefix: str) -> Iterator[Load]:
         """Per-expert tensors as hub checkpoints hold them, or transformers' fused layout."""
         rows, width, fused = as_slice(self.owned), len(self.owned), f"{prefix}.mlp.experts"
-        up_rows = slice(rows.start + self.spec.intermediate_size, rows.stop + self.spec.intermediate_size)
-        router = f"{prefix}.{self.spec.router}.weight"
-        yield Load(self.router, router, (slice(None),), ((f"{prefix}.mlp.gate.weight", (slice(None),)),))
-        for e in range(self.spec.count):
+        count, inner, hidden = self.spec.count, self.spec.intermediate_size, self.router.shape[1]
+        up_rows = slice(rows.start + inner, rows.stop + inner)
+        router, up_gate, down = (count, hidden), (count, 2 * inner, hidden), (count, hidden, inner)
+        either = ((f"{prefix}.mlp.gate.weight", (), router),)
+        yield Load(self.router, f"{prefix}.{self.spec.router}.weight", (), either, shape=router)
+        for e in range(count):
             name = f"{prefix}.{self.spec.expert.format(e=e)}"
-            gate_up = f"{fused}.gate_up_proj"
-            yield Load(
-                self.gate_up[e, :width], f"{name}.{self.spec.gate}.weight", (rows,), ((gate_up, (e, rows)),)
-            )
-            yield Load(
-                self.gate_up[e, width:], f"{name}.{self.spec.up}.weight", (rows,), ((gate_up, (e, up_rows)),)
-            )
-            yield Load(
-                self.down[e],
-                f"{name}.{self.spec.down}.weight",
-                (slice(None), rows),
-                ((f"{fused}.down_proj", (e, slice(None), rows)),),
-            )
+            for into, own, index in (
+                (self.gate_up[e, :width], self.spec.gate, rows),
+                (self.gate_up[e, width:], self.spec.up, up_rows),
+            ):
+                either = ((f"{fused}.gate_up_proj", (e, index), up_gate),)
+                yield Load(into, f"{name}.{own}.weight", (rows,), either, shape=(inner, hidden))
+            columns = (slice(None), rows)
+            either = ((f"{fused}.down_proj", (e, *columns), down),)
+            yield Load(self.down[e], f"{name}.{self.spec.down}.weight", columns, either, shape=(hidden, inner))

@@ -39,9 +39,10 @@ def as_slice(rows: range) -> slice:
 class ColumnLinear:
     """Several linear layers of one input, merged; of each this rank holds a range of output rows. x W^T + b."""
 
-    def __init__(self, place: Place, in_size: int, parts: Sequence[tuple[str, range]], bias: bool):
+    def __init__(self, place: Place, in_size: int, parts: Sequence[tuple[str, range, int]], bias: bool):
+        """parts: for each layer its name, the rows this rank owns, and how many rows there are in all."""
         self.parts = parts
-        rows = sum(len(owned) for _, owned in parts)
+        rows = sum(len(owned) for _, owned, _ in parts)
         self.weight = place.empty(rows, in_size)
         self.bias = place.empty(rows) if bias else None
 
@@ -51,20 +52,21 @@ class ColumnLinear:
 
     def loads(self, prefix: str) -> Iterator[Load]:
         start = 0
-        for name, owned in self.parts:
-            into = slice(start, start + len(owned))
-            yield Load(self.weight[into], f"{prefix}.{name}.weight", (as_slice(owned),))
+        for name, owned, total in self.parts:
+            into, index = slice(start, start + len(owned)), (as_slice(owned),)
+            yield Load(self.weight[into], f"{prefix}.{name}.weight", index, shape=(total, self.weight.shape[1]))
             if self.bias is not None:
-                yield Load(self.bias[into], f"{prefix}.{name}.bias", (as_slice(owned),))
+                yield Load(self.bias[into], f"{prefix}.{name}.bias", index, shape=(total,))
             start += len(owned)
 
 
 class RowLinear:
     """A linear layer whose input is cut over the ranks: its output is a partial. The bias is added after the sum."""
 
-    def __init__(self, place: Place, name: str, columns: range, out_size: int, bias: bool):
+    def __init__(self, place: Place, name: str, columns: range, in_size: int, out_size: int, bias: bool):
         self.name = name
         self.columns = columns
+        self.shape = (out_size, in_size)
         self.weight = place.empty(out_size, len(columns))
         self.bias = place.empty(out_size) if bias else None
 
@@ -73,9 +75,10 @@ class RowLinear:
         return torch.mm(x, self.weight.t(), out=out)
 
     def loads(self, prefix: str) -> Iterator[Load]:
-        yield Load(self.weight, f"{prefix}.{self.name}.weight", (slice(None), as_slice(self.columns)))
+        index = (slice(None), as_slice(self.columns))
+        yield Load(self.weight, f"{prefix}.{self.name}.weight", index, shape=self.shape)
         if self.bias is not None:
-            yield Load(self.bias, f"{prefix}.{self.name}.bias", (slice(None),))
+            yield Load(self.bias, f"{prefix}.{self.name}.bias")
 
 
 class Vocabulary:
@@ -83,6 +86,7 @@ class Vocabulary:
 
     def __init__(self, place: Place, size: int, hidden_size: int):
         self.owned = place.share(size)
+        self.shape = (size, hidden_size)
         self.widths = tuple(map(len, shards(size, place.world_size)))
         self.weight = place.empty(len(self.owned), hidden_size)
 
@@ -100,7 +104,7 @@ class Vocabulary:
         return F.linear(x, self.weight)
 
     def loads(self, name: str) -> Iterator[Load]:
-        yield Load(self.weight, name, (as_slice(self.owned),))
+        yield Load(self.weight, name, (as_slice(self.owned),), shape=self.shape)
 
 
 class Mlp:
@@ -109,8 +113,9 @@ class Mlp:
     def __init__(self, place: Place, hidden_size: int, intermediate_size: int, activation: str, bias: bool):
         owned = place.share(intermediate_size)
         self.act = activation_function(activation)
-        self.gate_up = ColumnLinear(place, hidden_size, [("gate_proj", owned), ("up_proj", owned)], bias)
-        self.down = RowLinear(place, "down_proj", owned, hidden_size, bias)
+        parts = [("gate_proj", owned, intermediate_size), ("up_proj", owned, intermediate_size)]
+        self.gate_up = ColumnLinear(place, hidden_size, parts, bias)
+        self.down = RowLinear(place, "down_proj", owned, intermediate_size, hidden_size, bias)
 
     @property
     def bias(self) -> Tensor | None:

@@ -9,9 +9,11 @@ from typing import Any
 
 from tokenweave.trace.spans import LANES, Span, half_name
 
-# Reserved colour names of the trace format, by half; viewers that do not know them colour by event name.
+# Reserved colour names of the trace format, by half. chrome://tracing honours them; Perfetto colours by event name,
+# which is one more reason for the half to be in the name.
 HALF_COLOURS = ("thread_state_running", "rail_animation", "rail_response", "rail_idle")
 WAIT_COLOUR = "terrible"
+FIRST_TID = 1  # Perfetto takes thread 0 for the idle task
 
 
 def write(spans: Iterable[Span], path: str | Path) -> None:
@@ -31,7 +33,7 @@ def events(spans: list[Span]) -> list[dict[str, Any]]:
 def names(rank: int) -> list[dict[str, Any]]:
     """What the viewer calls a rank and its lanes, and the order in which it shows them."""
     named = [metadata("process_name", rank, 0, name=f"rank {rank}"), metadata("process_sort_index", rank, 0, sort_index=rank)]
-    for tid, lane in enumerate(LANES):
+    for tid, lane in enumerate(LANES, start=FIRST_TID):
         named.append(metadata("thread_name", rank, tid, name=lane))
         named.append(metadata("thread_sort_index", rank, tid, sort_index=tid))
     return named
@@ -52,7 +54,7 @@ def complete(span: Span, origin_ns: int) -> dict[str, Any]:
         "cat": f"{span.kind},half {half}",
         "cname": WAIT_COLOUR if span.kind == "wait" else HALF_COLOURS[span.half % len(HALF_COLOURS)],
         "pid": span.rank,
-        "tid": LANES.index(span.lane),
+        "tid": FIRST_TID + LANES.index(span.lane),
         "ts": (span.start_ns - origin_ns) / 1000,
         "dur": duration_us,
         "args": {

@@ -48,6 +48,9 @@ class Observer:
     def waited(self, job: Job) -> None:
         """On the compute lane, after it waited."""
 
+    def received(self, job: Job, result: Any) -> None:
+        """On the compute lane, when the job's strand gets the result, which is its until its half's next request."""
+
 
 class InlineLane:
     """No lane at all: a job runs at once on the compute lane, and nothing is hidden."""
@@ -64,6 +67,7 @@ class InlineLane:
         for observer in self.observers:
             observer.finished(job)
             observer.waited(job)
+            observer.received(job, result)
         return Finished(result)
 
     def close(self) -> None: ...
@@ -136,6 +140,8 @@ class ThreadPending:
             observer.waited(self.job)
         if self._error is not None:
             raise self._error
+        for observer in self.lane.observers:
+            observer.received(self.job, self._result)
         return self._result
 
     def drain(self) -> None:
@@ -186,6 +192,7 @@ class StreamPending:
         torch.cuda.current_stream(self.lane.stream.device).wait_event(self.done)
         for observer in self.lane.observers:
             observer.waited(self.job)
+            observer.received(self.job, self.result)
         return self.result
 
     def drain(self) -> None:

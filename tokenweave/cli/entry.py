@@ -1,0 +1,49 @@
+"""Entry: from the command line to one command, and from an error to an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import tokenweave
+from tokenweave.cli import generate
+from tokenweave.cli.failure import report
+from tokenweave.cli.parser import Parser
+from tokenweave.cli.stdout import own_stdout
+
+# A command is a module with SUMMARY (one line), parser() -> Parser and run(options, out) -> None.
+COMMANDS = {"generate": generate}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `argv` (default: the process's own arguments) and return the exit code: see failure.py."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        run(sys.argv[1:] if argv is None else argv, rank)
+    except (Exception, KeyboardInterrupt) as error:
+        return report(error, rank)
+    return 0
+
+
+def run(argv: Sequence[str], rank: int) -> None:
+    chosen = top_parser().parse_args(argv)
+    command = COMMANDS[chosen.command]
+    options = command.parser().parse(chosen.arguments)
+    with own_stdout(speaks=rank == 0) as out:
+        command.run(options, out)
+
+
+def top_parser() -> Parser:
+    commands = "\n".join(f"  {name:<10} {command.SUMMARY}" for name, command in COMMANDS.items())
+    parser = Parser(
+        prog="tokenweave",
+        usage="tokenweave [--help] [--version] COMMAND ...",
+        description=tokenweave.__doc__,
+        epilog=f"commands:\n{commands}\n\n`tokenweave COMMAND --help` says more of each.",
+    )
+    parser.add_argument("--version", action="version", version=f"tokenweave {tokenweave.__version__}")
+    parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
