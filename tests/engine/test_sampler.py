@@ -120,7 +120,7 @@ def test_rows_must_match(shape):
 @pytest.mark.parametrize("counter", ["position", "key"])
 def test_frequencies_are_those_of_transformers(kwargs, counter):
     """Chi-squared over the tokens that should turn up often enough, at six sigma; no draw outside of the kept set."""
-    logits, draws = normal(1, 40), 20_000
+    logits, draws = normal(1, 40), 10_000
     counters = range(draws) if counter == "position" else [request_key(1, i, 0) for i in range(draws)]
     base = SamplingRow(key=request_key(5, 0, 0), position=3, **kwargs)
     rows = [replace(base, **{counter: value}) for value in counters]
@@ -152,6 +152,21 @@ def test_the_guess_of_the_nucleus_does_not_show(monkeypatch):
         masks.append(kept(logits, rows))
     assert torch.equal(masks[0], masks[2])
     assert torch.equal(masks[1], masks[2])
+
+
+@pytest.mark.parametrize(("scale", "sorts"), [(8.0, 1), (0.01, 2)])
+def test_only_a_nucleus_larger_than_the_guess_costs_a_full_sort(scale, sorts):
+    rows = [SamplingRow(temperature=1, top_p=0.9), SamplingRow(temperature=1, top_k=20)]
+    with Operators() as operators:
+        sample(normal(2, 5000, scale=scale), rows)
+    assert operators.names.count("aten.topk.default") == sorts
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"min_p": 0.1}], ids=str)
+def test_rows_without_top_k_and_top_p_cost_no_sort(kwargs):
+    with Operators() as operators:
+        sample(normal(2, 5000), [SamplingRow(temperature=1, **kwargs), GREEDY])
+    assert not {"aten.topk.default", "aten.sort.default"} & set(operators.names)
 
 
 def test_tokens_that_tie_with_the_last_kept_are_kept_in_any_batch():

@@ -60,6 +60,10 @@ def test_stop_strings_that_end_before_min_tokens_are_text():
     assert checker.matched == "ab"
 
 
+def test_a_stop_string_that_does_not_count_is_not_held_back():
+    assert StopChecker(["ab"]).push("ab", scan=False) == "ab"
+
+
 def test_a_stop_string_may_begin_before_min_tokens_and_end_after():
     checker = StopChecker(["ab"])
     assert [checker.push("xa", scan=False), checker.push("b")] == ["x", ""]

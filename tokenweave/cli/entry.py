@@ -45,5 +45,5 @@ def top_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"tokenweave {tokenweave.__version__}")
     parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help=argparse.SUPPRESS)
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help=argparse.SUPPRESS)
     return parser

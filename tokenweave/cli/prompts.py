@@ -14,9 +14,9 @@ STDIN = "-"
 
 
 def read_prompts(arguments: Iterable[str], file: str | None, is_embedded: bool, stdin: TextIO) -> list[str]:
-    """The arguments' prompts in order, then the file's; "-" stands for the lines of `stdin`. Blank lines are no prompts.
+    """The arguments' prompts in order, then the file's; "-" stands for the lines of `stdin`.
 
-    Raises ValueError for a file that cannot be read, or when there are no prompts.
+    Blank lines are no prompts. Raises ValueError for a file that cannot be read, or when there are no prompts.
     """
     arguments = list(arguments)
     if not arguments and file is None and is_embedded:
@@ -24,13 +24,18 @@ def read_prompts(arguments: Iterable[str], file: str | None, is_embedded: bool, 
     prompts = [line for text in arguments for line in (read_lines(STDIN, stdin) if text == STDIN else [text])]
     prompts += [] if file is None else read_lines(file, stdin)
     if not prompts:
-        source = "standard input has no lines" if STDIN in (*arguments, file) else "there is none"
-        source = source if file in (None, STDIN) else f"{file!r} has no lines"
         raise ValueError(
-            f"expected a prompt, but {source}; give prompts as arguments, one a line in --prompts-file FILE, or - for "
-            "the lines of standard input"
+            f"there is no prompt{nowhere(arguments, file)}; give prompts as arguments, lines of --prompts-file FILE, "
+            "or - for the lines of standard input"
         )
     return prompts
+
+
+def nowhere(arguments: list[str], file: str | None) -> str:
+    """Where there was none, of the places that were looked at."""
+    if STDIN in (*arguments, file):
+        return " on standard input"
+    return "" if file is None else f" in {file!r}"
 
 
 def read_lines(path: str, stdin: TextIO) -> list[str]:

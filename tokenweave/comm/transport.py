@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-
-Touches = Callable[[list[Tensor], list[Tensor]], None]
-
-
-def nothing(reads: list[Tensor], writes: list[Tensor]) -> None:
-    """The default of `touches`: what a transport reads and writes out of torch's sight is of no interest."""
 
 
 class Transport(Protocol):
@@ -60,18 +52,16 @@ class GlooTransport:
     owner its rows costs the line-rate minimum, 2 (W - 1) / W of the data, for any row count.
     """
 
-    def __init__(self, rank: int, world_size: int, group: Any, touches: Touches = nothing):
+    def __init__(self, rank: int, world_size: int, group: Any):
         self.rank = rank
         self.world_size = world_size
         self.group = group
-        self.touches = touches
         self.peers = [peer for peer in range(world_size) if peer != rank]
         self._receive: dict[torch.dtype, Tensor] = {}
 
     def all_reduce(self, total: Tensor) -> int:
         if total.numel() == 0:
             return 0
-        self.touches([total], [total])
         dist.all_reduce(total, group=self.group)
         return ring_all_reduce_bytes(total, self.world_size)
 
@@ -95,7 +85,6 @@ class GlooTransport:
         return self._exchange([(peer, outs[peer]) for peer in self.peers], [(peer, part) for peer in self.peers])
 
     def _exchange(self, incoming: list[tuple[int, Tensor]], outgoing: list[tuple[int, Tensor]]) -> int:
-        self.touches([data for _, data in outgoing], [data for _, data in incoming])
         works = [dist.irecv(data, peer, group=self.group) for peer, data in incoming if data.numel()]
         works += [dist.isend(data, peer, group=self.group) for peer, data in outgoing if data.numel()]
         for work in works:

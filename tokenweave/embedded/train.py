@@ -106,10 +106,8 @@ def parse_recipe() -> tuple[Recipe, Path]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=path(), help="folder to write")
     for field in fields(Recipe):
-        kind = type(field.default)
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}", type=kind, default=field.default, metavar=kind.__name__
-        )
+        name, kind = field.name.replace("_", "-"), type(field.default)
+        parser.add_argument(f"--{name}", type=kind, default=field.default, metavar=kind.__name__, help="see Recipe")
     options = vars(parser.parse_args())
     out = options.pop("out")
     return Recipe(**options), out

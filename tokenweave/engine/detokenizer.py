@@ -56,9 +56,8 @@ class Detokenizer:
 
     def _emit(self, certain: str) -> str:
         if self._prompt_text is not None and certain.startswith(self._prompt_text):
-            self._out_chars = len(
-                self._prompt_text
-            )  # its U+FFFD, if it ends in one, turned out to be no half character
+            # If the prompt ends in U+FFFD, that has turned out to be no half character.
+            self._out_chars = len(self._prompt_text)
         piece = certain[self._out_chars :]
         self._out_chars = max(self._out_chars, len(certain))
         self._prompt_text = None if piece else self._prompt_text
@@ -75,7 +74,7 @@ class Detokenizer:
             self._start_behind(self._pending[-CONTEXT_TOKENS:], held_chars=len(text) - len(certain))
 
     def _start_behind(self, context: list[int], held_chars: int) -> None:
-        self._context, self._pending, self._prompt_text = context, [], None
+        self._context, self._pending = context, []
         self._out_chars = len(self._decode(context)) - held_chars
 
     def _invisible(self, token_id: int) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as Items
+from collections.abc import Callable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from tokenweave.engine.kv_cache import BlockPool
@@ -20,13 +21,17 @@ def whole_budget(sequence: Sequence, budget: int) -> int:
 
 
 def last_come(candidates: Items[Sequence]) -> Sequence:
-    """Preempt: who gives its blocks back. The latest, so that the earliest always ends."""
-    return max(candidates, key=lambda sequence: sequence.arrival)
+    """Preempt: who gives its blocks back. The latest, and of one request's completions the one that started last."""
+    return max(reversed(candidates), key=lambda sequence: sequence.arrival)
 
 
 @dataclass(frozen=True)
 class Policy:
-    """The three decisions that can be swapped, each a pure function."""
+    """The three decisions that can be swapped, each a pure function.
+
+    order and preempt choose one of the sequences they are given. budget, given a sequence and the tokens left in the
+    step, is a whole number from 1 to what is left of either. Any such choices come to an end: see `_make_room`.
+    """
 
     order: Callable[[Items[Sequence]], Sequence] = first_come
     budget: Callable[[Sequence, int], int] = whole_budget
@@ -74,7 +79,7 @@ class Scheduler:
         for sequence in list(self.running):
             if budget == 0 or sequence not in self.running:
                 continue
-            count = self.policy.budget(sequence, budget)
+            count = self._count(sequence, budget)
             if self._make_room(sequence, count, done=[one.sequence for one in scheduled]):
                 self._grow(sequence, count)
                 scheduled.append(Scheduled(sequence, count))
@@ -82,9 +87,12 @@ class Scheduler:
         return scheduled
 
     def _make_room(self, sequence: Sequence, count: int, done: list[Sequence]) -> bool:
-        """Free blocks for `count` more tokens, preempting others if need be; False if `sequence` itself had to go."""
+        """Free blocks for `count` more tokens, preempting others if need be; False if `sequence` itself had to go.
+
+        The one that has run longest stays, so that it ends, and so do all others in turn, whatever the policy chooses.
+        """
         while self._missing(sequence, count) > self.pool.num_free:
-            victim = self.policy.preempt([one for one in self.running if one not in done])
+            victim = self._choose("preempt", [one for one in self.running[1:] if one not in done])
             self.preempt(victim)
             if victim is sequence:
                 return False
@@ -93,10 +101,10 @@ class Scheduler:
     def _start_waiting(self, budget: int) -> list[Scheduled]:
         scheduled: list[Scheduled] = []
         while self.waiting and budget and len(self.running) < self.max_num_seqs:
-            sequence = self.policy.order(self.waiting)
+            sequence = self._choose("order", self.waiting)
             cached = self._cached(sequence)
             sequence.computed = len(cached) * self.pool.block_size
-            count = self.policy.budget(sequence, budget)
+            count = self._count(sequence, budget)
             fresh = self.pool.blocks_for(sequence.computed + count) - len(cached)
             if self.pool.cost(cached, fresh) > self.pool.num_free:
                 sequence.computed = 0
@@ -108,6 +116,23 @@ class Scheduler:
             scheduled.append(Scheduled(sequence, count))
             budget -= count
         return scheduled
+
+    def _choose(self, name: str, choices: list[Sequence]) -> Sequence:
+        """What the policy `name` chooses. Raises ValueError when it chooses none of the choices."""
+        if not choices:
+            raise RuntimeError("one sequence alone does not fit into the cache; it should have been refused")
+        chosen = getattr(self.policy, name)(choices)
+        if chosen not in choices:
+            raise ValueError(f"the {name} policy returned none of the {len(choices)} sequences that it may choose from")
+        return chosen
+
+    def _count(self, sequence: Sequence, budget: int) -> int:
+        """What the budget policy gives. Raises ValueError when that is nothing, or more than there is."""
+        most = min(sequence.left, budget)
+        count = self.policy.budget(sequence, budget)
+        if not isinstance(count, int) or not 1 <= count <= most:
+            raise ValueError(f"the budget policy returned {count!r}; expected a whole number from 1 to {most}")
+        return count
 
     def _cached(self, sequence: Sequence) -> list[int]:
         """Blocks that hold the beginning already; the last token is always computed, for its logits."""

@@ -32,15 +32,18 @@ def events(spans: list[Span]) -> list[dict[str, Any]]:
 
 def names(rank: int) -> list[dict[str, Any]]:
     """What the viewer calls a rank and its lanes, and the order in which it shows them."""
-    named = [metadata("process_name", rank, 0, name=f"rank {rank}"), metadata("process_sort_index", rank, 0, sort_index=rank)]
+    named = [
+        metadata("process_name", rank, {"name": f"rank {rank}"}),
+        metadata("process_sort_index", rank, {"sort_index": rank}),
+    ]
     for tid, lane in enumerate(LANES, start=FIRST_TID):
-        named.append(metadata("thread_name", rank, tid, name=lane))
-        named.append(metadata("thread_sort_index", rank, tid, sort_index=tid))
+        named.append(metadata("thread_name", rank, {"name": lane}, tid))
+        named.append(metadata("thread_sort_index", rank, {"sort_index": tid}, tid))
     return named
 
 
-def metadata(name: str, pid: int, tid: int, **args: Any) -> dict[str, Any]:
-    return {"ph": "M", "name": name, "pid": pid, "tid": tid, "args": args}
+def metadata(name: str, rank: int, args: dict[str, Any], tid: int = FIRST_TID) -> dict[str, Any]:
+    return {"ph": "M", "name": name, "pid": rank, "tid": tid, "args": args}
 
 
 def complete(span: Span, origin_ns: int) -> dict[str, Any]:

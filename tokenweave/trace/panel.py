@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from matplotlib.axes import Axes
 from matplotlib.textpath import TextPath
@@ -14,7 +15,7 @@ from tokenweave.trace.overlap import Interval
 from tokenweave.trace.spans import COMMUNICATION, LANES, Span, half_name
 
 ROW_IN, SMALL_ROW_IN = 0.34, 0.19
-RANK_GAP = 0.3  # rows left free between ranks
+RANK_GAP, MARGIN = 0.3, 0.12  # rows left free between ranks, and above the first and below the last
 BAR = 0.84  # of a row's height
 NAME_POINTS = 9.0
 
@@ -66,7 +67,7 @@ class Panel:
 
     @property
     def rows(self) -> float:
-        return len(self.ranks) * (len(LANES) + RANK_GAP) + RANK_GAP
+        return len(self.ranks) * (len(LANES) + RANK_GAP) - RANK_GAP + 2 * MARGIN
 
     @property
     def height_in(self) -> float:
@@ -74,7 +75,7 @@ class Panel:
 
     def row(self, rank: int, lane: str) -> float:
         """The middle of a lane's row, counted in rows from the top."""
-        return RANK_GAP + self.ranks.index(rank) * (len(LANES) + RANK_GAP) + LANES.index(lane) + 0.5
+        return MARGIN + self.ranks.index(rank) * (len(LANES) + RANK_GAP) + LANES.index(lane) + 0.5
 
 
 def half_colours(half: int) -> HalfColours:
@@ -109,6 +110,7 @@ def paint_frame(ax: Axes, panel: Panel, scale: Scale) -> None:
         top = panel.row(*lane) - BAR / 2
         ax.axhspan(top, top + BAR, facecolor=EMPTY, linewidth=0, zorder=0)
     ax.xaxis.set_major_locator(MaxNLocator(12))
+    ax.xaxis.set_major_formatter(lambda time, _: f"{time:g} {scale.unit}")
     ax.tick_params(length=2.5, labelsize=7 if panel.small else 8.5, color=GREY, labelcolor=GREY)
     ax.tick_params(axis="y", length=0, labelcolor="black")
     ax.tick_params(axis="x", top=panel.small, labeltop=panel.small, bottom=not panel.small, labelbottom=not panel.small)
@@ -136,13 +138,12 @@ def bar_colour(span: Span) -> str:
 
 
 def paint_exposed(ax: Axes, panel: Panel, rank: int, exposed: Sequence[Interval], scale: Scale) -> None:
-    """Hatch what the compute lane loses. An overview has no room for a hatch: there it is solid."""
+    """Mark what the compute lane loses: red, hatched where there is room. No outline, it would make short waits long."""
     if not exposed:
         return
-    top = panel.row(rank, "compute") - BAR / 2
-    look = {"facecolor": EXPOSED} if panel.small else {"facecolor": "#f7d4d6", "hatch": EXPOSED_HATCH}
-    edge_points = 0.0 if panel.small else 0.8
-    bars = ax.broken_barh(scale.ranges(exposed), (top, BAR), edgecolor=EXPOSED, linewidth=edge_points, zorder=3, **look)
+    box = (panel.row(rank, "compute") - BAR / 2, BAR)
+    bars = ax.broken_barh(scale.ranges(exposed), box, facecolor=EXPOSED, edgecolor="white", linewidth=0, zorder=3)
+    bars.set_hatch(None if panel.small else EXPOSED_HATCH)
     bars.set_gid(f"rank {rank} exposed")
 
 
@@ -150,13 +151,17 @@ def paint_names(ax: Axes, panel: Panel, spans: Sequence[Span], scale: Scale) -> 
     """Write names into the bars that are wide enough."""
     axes_points = ax.get_position().width * ax.get_figure().get_figwidth() * 72
     points_per_ns = axes_points / (panel.window[1] - panel.window[0])
-    widths: dict[str, float] = {}
+    measured_points = cache(text_points)  # of the few names there are; measuring is slow
     for span in spans:
-        for name in names(span):
-            widths.setdefault(name, TextPath((0, 0), name, size=NAME_POINTS).get_extents().width)
-            if widths[name] + 5 <= (span.end_ns - span.start_ns) * points_per_ns:
-                paint_name(ax, panel, span, name, scale)
-                break
+        room_points = (span.end_ns - span.start_ns) * points_per_ns - 5
+        name = next((name for name in names(span) if measured_points(name, NAME_POINTS) <= room_points), None)
+        if name is not None:
+            paint_name(ax, panel, span, name, scale)
+
+
+def text_points(text: str, size: float) -> float:
+    """How wide a text is, in points."""
+    return TextPath((0, 0), text, size=size).get_extents().width
 
 
 def names(span: Span) -> list[str]:

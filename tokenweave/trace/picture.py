@@ -9,18 +9,18 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Polygon
-from matplotlib.textpath import TextPath
 
 from tokenweave.trace import overlap
 from tokenweave.trace.overlap import Interval, Overlap
-from tokenweave.trace.panel import EXPOSED, EXPOSED_HATCH, GREY, IDLE, Panel, choose_scale, half_colours, paint
-from tokenweave.trace.spans import COMMUNICATION, Span, half_name
+from tokenweave.trace.panel import EXPOSED, EXPOSED_HATCH, GREY, IDLE, Panel, choose_scale, half_colours, paint, text_points
+from tokenweave.trace.spans import Span, half_name
 from tokenweave.trace.window import clip, extent, half_tokens, telling_step, zoom
 
 DPI = 150
 WIDTH_IN = 12.0
 LEFT_IN, RIGHT_IN = 1.25, 0.25
-HEADER_IN, TICKS_IN, GAP_IN, LEGEND_IN = 0.95, 0.3, 0.4, 0.4
+HEADER_IN, TICKS_IN, GAP_IN, LEGEND_IN = 0.95, 0.3, 0.35, 0.42
+MAX_BARS_PER_RANK = 300  # more in one panel are too thin for names and hatches, which are slow to draw
 
 
 def draw(spans: Sequence[Span], path: str | Path, title: str = "", window: Interval | None = None) -> None:
@@ -44,7 +44,7 @@ def figure(spans: Sequence[Span], title: str = "", window: Interval | None = Non
         paint(ax, panel, clip(shown, panel.window), scale)
     if len(panels) == 2:
         connect(fig, axes[0], axes[1])
-    add_legend(fig, shown, scale.unit)
+    add_legend(fig, shown)
     return fig
 
 
@@ -64,7 +64,8 @@ def choose_panels(shown: Sequence[Span], window: Interval | None) -> list[Panel]
     ranks = tuple(sorted({span.rank for span in shown}))
     close = zoom(shown) if window is None else None
     if close is None:
-        return [Panel(window or extent(shown), ranks)]
+        crowded = len(shown) > MAX_BARS_PER_RANK * len(ranks)
+        return [Panel(window or extent(shown), ranks, small=crowded)]
     return [Panel(extent(shown), ranks, small=True), Panel(close, ranks)]
 
 
@@ -110,8 +111,7 @@ def add_header(fig: Figure, shown: Sequence[Span], title: str) -> None:
 
 def add_text(fig: Figure, x_in: float, y_in: float, text: str, points: float, room_in: float = 99, **look: str) -> None:
     """A line of the header, y from the top; shrunk where it would not fit into `room_in`."""
-    wide_in = TextPath((0, 0), text, size=points * 1.1).get_extents().width / 72 if text else 0
-    points *= min(1, room_in / wide_in) if wide_in else 1
+    points *= min(1, room_in * 72 / (1.15 * text_points(text, points)))  # bold is wider than what was measured
     fig.text(x_in / WIDTH_IN, 1 - y_in / fig.get_figheight(), text, fontsize=points, va="baseline", **look)
 
 
@@ -160,30 +160,30 @@ def describe_times(mean: Overlap) -> str:
 
 def duration(seconds: float) -> str:
     """Three digits, in the unit that keeps the number short."""
-    if seconds >= 0.0009995:
-        return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
-    return f"{seconds * 1e6:.3g} µs"
+    for unit_s, unit in ((1, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if seconds >= 0.9995 * unit_s:
+            return f"{seconds / unit_s:#.3g}".rstrip(".") + f" {unit}"
+    return "0" if seconds == 0 else f"{seconds * 1e9:.0f} ns"
 
 
 def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def add_legend(fig: Figure, shown: Sequence[Span], unit: str) -> None:
-    """Only what occurs, in one line under the panels; on its left the unit of time."""
+def add_legend(fig: Figure, shown: Sequence[Span]) -> None:
+    """Only what occurs, in one line under the panels."""
     patches = []
     for half in sorted({span.half for span in shown}):
-        kinds = {span.kind for span in shown if span.half == half}
-        if "segment" in kinds:
+        kinds = {(span.lane, span.kind) for span in shown if span.half == half}
+        if ("compute", "segment") in kinds:
             patches.append(Patch(color=half_colours(half).compute, label=f"half {half_name(half)} compute"))
-        if kinds & set(COMMUNICATION):
+        if any(lane == "comm" for lane, _ in kinds):
             patches.append(Patch(color=half_colours(half).communication, label=f"half {half_name(half)} communication"))
-    patches.append(Patch(facecolor="#f7d4d6", edgecolor=EXPOSED, hatch=EXPOSED_HATCH, label="exposed communication"))
+    patches.append(Patch(facecolor=EXPOSED, edgecolor="white", linewidth=0, hatch=EXPOSED_HATCH, label="exposed communication"))
     if any(span.kind == "wait" for span in shown):
         patches.append(Patch(color=IDLE, label="idle, nothing in flight"))
     height_in = fig.get_figheight()
     fig.legend(
-        handles=patches, loc="lower right", bbox_to_anchor=(1 - RIGHT_IN / WIDTH_IN, 0.02 / height_in), borderaxespad=0,
+        handles=patches, loc="lower right", bbox_to_anchor=(1 - RIGHT_IN / WIDTH_IN, 0.06 / height_in), borderaxespad=0,
         ncols=len(patches), frameon=False, fontsize=9, handlelength=1.6, columnspacing=1.6,
     )  # fmt: skip
-    fig.text(LEFT_IN / WIDTH_IN, 0.16 / height_in, f"time, {unit}", fontsize=9, color=GREY)

@@ -12,6 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 Report = Callable[[str, list[Tensor], list[Tensor]], None]  # (operator, reads, writes)
 
+# These take a tensor for its shape, dtype and device alone.
+SHAPE_ONLY = frozenset(f"{name}_like" for name in ("empty", "zeros", "ones", "full")) | frozenset(
+    f"new_{name}" for name in ("empty", "empty_strided", "zeros", "ones", "full")
+)
 # c10d's schemas do not say what is written, so it stands here.
 C10D_WRITES: dict[str, tuple[str, ...]] = {
     "send": (),
@@ -40,8 +44,8 @@ class ByteRange:
 
 
 def byte_range(tensor: Tensor) -> ByteRange:
-    """The range that bounds a tensor's elements; what lies between the elements of a strided tensor counts as its own."""
-    storage = tensor.untyped_storage().data_ptr()
+    """The range that bounds a tensor's elements; what lies between those of a strided tensor counts as its own."""
+    storage = storage_address(tensor)
     first = tensor.data_ptr() - storage
     steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return ByteRange(storage, first, first + (steps + 1) * tensor.element_size() if tensor.numel() else first)
@@ -60,28 +64,28 @@ class AccessMode(TorchDispatchMode):
         return result
 
 
-def accesses(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> tuple[list[Tensor], list[Tensor]]:
+def accesses(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> tuple[list[Tensor], list[Tensor]]:
     """(reads, writes) of one call. A view touches nothing; a result in memory of its own is written."""
     reads: list[Tensor] = []
     writes: list[Tensor] = []
-    for name, value, writing in named(func, args, kwargs):
-        (writes if writing else reads).extend(tensors_in(value))
-    given = {address(tensor) for tensor in (*reads, *writes)}
+    for value, written in given_to(func, args, kwargs):
+        (writes if written else reads).extend(tensors_in(value))
+    given = {storage_address(tensor) for tensor in (*reads, *writes)}
     returned = list(tensors_in(result))
-    if is_view(func):
-        reads = [tensor for tensor in reads if address(tensor) not in set(map(address, returned))]
-    return reads, writes + [tensor for tensor in returned if address(tensor) not in given]
+    if func._opname in SHAPE_ONLY:
+        reads = []
+    elif is_view(func):
+        viewed = {storage_address(tensor) for tensor in returned}
+        reads = [tensor for tensor in reads if storage_address(tensor) not in viewed]
+    return reads, writes + [tensor for tensor in returned if storage_address(tensor) not in given]
 
 
-def named(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any, bool]]:
-    """(name, value, whether it is written) of every argument that was given."""
-    written = c10d_writes(func) if func.namespace == "c10d" else None
+def given_to(func: Any, args: Any, kwargs: dict[str, Any]) -> Iterator[tuple[Any, bool]]:
+    """(value, whether it is written) of every argument."""
+    listed = c10d_writes(func) if func.namespace == "c10d" else ()
     for i, argument in enumerate(func._schema.arguments):
         value = args[i] if i < len(args) else kwargs.get(argument.name)
-        if written is None:
-            yield argument.name, value, argument.alias_info is not None and argument.alias_info.is_write
-        else:
-            yield argument.name, value, argument.name in written
+        yield value, argument.name in listed or (argument.alias_info is not None and argument.alias_info.is_write)
 
 
 def c10d_writes(func: Any) -> tuple[str, ...]:
@@ -97,7 +101,7 @@ def is_view(func: Any) -> bool:
     return any(alias is not None and not alias.is_write for alias in aliases)
 
 
-def address(tensor: Tensor) -> int:
+def storage_address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 

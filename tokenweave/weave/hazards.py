@@ -27,7 +27,7 @@ class HazardRecorder(Observer):
         assert recorder.check() == []
 
     Enter it on the compute thread; entering it again starts a new recording. A result that a strand has received is
-    lent until that half's next request: who writes it in between, be it the strand itself, is in conflict with the loan.
+    lent until that half's next request: a write in between, be it by the strand itself, is in conflict with the loan.
     Memory that was touched is kept until the next recording, so that no address means two things.
     """
 

@@ -1,0 +1,110 @@
+"""`tokenweave generate`: complete prompts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import transformers
+
+from tokenweave import embedded
+from tokenweave.cli.figures import Run, count_woven, figures
+from tokenweave.cli.generate_options import ENGINE, MODEL, OUTPUT, SAMPLING
+from tokenweave.cli.generate_parser import make_parser
+from tokenweave.cli.options import chosen
+from tokenweave.cli.parser import Parser, UsageError
+from tokenweave.cli.printers import Printer, pick_printer
+from tokenweave.cli.prompts import on_every_rank, read_prompts
+from tokenweave.comm.group import environment_world_size
+from tokenweave.comm.link import Link
+from tokenweave.config import EngineConfig
+from tokenweave.engine.rank import pick_device
+from tokenweave.llm import LLM
+from tokenweave.outputs import RequestOutput
+from tokenweave.sampling_params import SamplingParams
+
+SUMMARY = "complete prompts with a language model"
+
+
+def parser() -> Parser:
+    return make_parser(str(embedded.path()))
+
+
+def run(options: argparse.Namespace, out: TextIO) -> None:
+    """Everything that can be checked is checked before the model is loaded. `out` gets what the user is to see."""
+    quieten()
+    config, params = engine_config(options), SamplingParams(**chosen(options, SAMPLING))
+    prompts = on_every_rank(lambda: prompts_of(options), config.timeout_s)
+    printer = pick_printer(out, prompts, params.n, json=options.json, stream=options.stream)
+    with LLM(**vars(config)) as llm:
+        outputs = complete(llm, prompts, params, options.chat, printer)
+        overlap, woven = llm.overlap_summary(), count_woven(llm.spans)
+    ranks = config.tensor_parallel_size or environment_world_size()
+    device = pick_device(config.device).type
+    printer.finish(Run(config, ranks, device, prompts, outputs, figures(outputs), overlap, woven))
+
+
+def prompts_of(options: argparse.Namespace) -> list[str]:
+    is_embedded = Path(options.model) == embedded.path()
+    return read_prompts(options.prompts, options.prompts_file, is_embedded, sys.stdin)
+
+
+def complete(llm: LLM, prompts: list[str], params: SamplingParams, chat: bool, printer: Printer) -> list[RequestOutput]:
+    """Generate, and hand the printer every piece on the way, if it wants them."""
+    if chat:
+        messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        outputs = llm.chat(messages, params, stream=printer.streams)
+    else:
+        outputs = llm.generate(prompts, params, stream=printer.streams)
+    return outputs if isinstance(outputs, list) else gather(outputs, printer)
+
+
+def gather(stream: Iterator[RequestOutput], printer: Printer) -> list[RequestOutput]:
+    """The last output of each request, in order."""
+    last: dict[int, RequestOutput] = {}
+    for output in stream:
+        index = int(output.request_id)  # the first call of an engine numbers its requests from 0
+        last[index] = output
+        printer.update(index, output)
+    return [last[index] for index in sorted(last)]
+
+
+def engine_config(options: argparse.Namespace) -> EngineConfig:
+    """Raises ValueError for what cannot be."""
+    fields: dict[str, Any] = chosen(options, (*MODEL, *ENGINE, *OUTPUT))
+    fields["progress"] = options.progress and sys.stderr.isatty()
+    check_trace(options.trace)
+    return EngineConfig(model=options.model, link=link(options), **fields)
+
+
+def link(options: argparse.Namespace) -> Link | None:
+    if options.link_gbit_per_s is None:
+        if options.link_latency_us:
+            raise UsageError("--link-latency-us is of a simulated link; give --link-gbit-per-s as well")
+        return None
+    return Link(options.link_gbit_per_s * 1e9 / 8, options.link_latency_us / 1e6)
+
+
+def check_trace(trace: str | None) -> None:
+    """Better now than when all is done."""
+    if trace is None:
+        return
+    if Path(trace).suffix.lower() == ".png":
+        raise UsageError(
+            f"--trace {trace} would be the timeline, which is JSON; name it .json, the picture comes beside it"
+        )
+    if Path(trace).is_dir() or not Path(trace).absolute().parent.is_dir():
+        raise UsageError(f"--trace {trace} cannot be written; give a file in a folder that exists")
+
+
+def quieten() -> None:
+    """Libraries' errors only: TRANSFORMERS_VERBOSITY says otherwise. Warnings come from rank 0 alone."""
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        transformers.logging.set_verbosity_error()
+    if os.environ.get("RANK", "0") != "0":
+        warnings.simplefilter("ignore")
