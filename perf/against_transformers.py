@@ -1,6 +1,6 @@
 """tokenweave against transformers: the same weights, prompts, threads and machine, in one process, pair by pair.
 
-Under torchrun with two ranks: tensor-parallel prefill of both. In a plain process: prefill, and decoding of 16 requests.
+Under torchrun with two ranks: tensor-parallel prefill of both. In a plain process: prefill, and 16 requests at once.
 Usage: python -m perf.cpu runs this and all else; alone: python -m perf.against_transformers [--shape ...] [--rounds N].
 """
 
@@ -32,7 +32,8 @@ def prefill_pair(llm: LLM, model: Any, rounds: int, what: str, goal: float) -> C
     ids = prompt(PREFILL_TOKENS)
     first = SamplingParams(temperature=0.0, max_tokens=1)
     seconds = interleaved(
-        {"ours": lambda: discard(llm.generate(ids, first)), "other": lambda: discard(transformers_prefill(model, ids))}, rounds
+        {"ours": lambda: discard(llm.generate(ids, first)), "other": lambda: discard(transformers_prefill(model, ids))},
+        rounds,
     )
     return compare(what, seconds["ours"], seconds["other"], goal)
 

@@ -21,7 +21,11 @@ def model_folder(shape: str) -> Path:
     folder = Path(tempfile.gettempdir()) / f"tokenweave-perf-{os.getuid()}" / shape
     if not (folder / "config.json").is_file():
         config = LlamaConfig(
-            vocab_size=8192, num_key_value_heads=4, max_position_embeddings=4096, tie_word_embeddings=False, **SHAPES[shape]
+            vocab_size=8192,
+            num_key_value_heads=4,
+            max_position_embeddings=4096,
+            tie_word_embeddings=False,
+            **SHAPES[shape],
         )
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)

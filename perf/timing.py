@@ -41,7 +41,8 @@ class Comparison:
     def row(self) -> str:
         spread = f"{self.ratio_min:.2f}-{self.ratio_max:.2f}"
         goal = "" if self.goal is None else f"{self.goal:.2f}"
-        return f"| {self.what} | {self.ours.median_s:.4f} | {self.other.median_s:.4f} | {self.ratio:.2f} | {spread} | {goal} |"
+        seconds = f"{self.ours.median_s:.4f} | {self.other.median_s:.4f}"
+        return f"| {self.what} | {seconds} | {self.ratio:.2f} | {spread} | {goal} |"
 
 
 def interleaved(contestants: Mapping[str, Callable[[], float | None]], rounds: int) -> dict[str, list[float]]:
@@ -90,7 +91,9 @@ def machine() -> dict[str, Any]:
 
 def cpu_name() -> str:
     with open("/proc/cpuinfo") as lines:
-        return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+        return next(
+            (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+        )
 
 
 def installed(name: str) -> str | None:

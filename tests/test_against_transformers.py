@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from tests.checkpoints import ARCHITECTURES, prompt_batch
 from tests.pairwise import Case, everything, pairwise

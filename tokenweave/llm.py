@@ -115,7 +115,7 @@ class LLM:
     def _run(self, accepted: list[Prompt], stream: bool) -> Generator[Message, None, list[RequestOutput]]:
         steps = self._engine.run(accepted)
         requests = next(steps)
-        with contextlib.closing(steps), Progress(requests, self.config.progress) as progress:
+        with contextlib.closing(steps), Progress(requests, self.config.progress and not stream) as progress:
             for changed in steps:
                 progress.update()
                 if stream and changed:
@@ -181,8 +181,8 @@ class LLM:
         if not force:
             self._call.close()
         self._closed = why
-        if force:
-            self._end_workers(force=True)
+        if force and self._workers is not None:
+            self._workers.stop(force=True)
         self._rank.close()
         self._end_workers()
         torch.set_num_threads(self._threads)

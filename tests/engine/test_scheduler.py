@@ -425,15 +425,27 @@ def test_what_was_preempted_is_found_in_the_cache_again():
     assert second.done
 
 
-def test_completions_of_one_request_do_not_preempt_each_other_in_turn():
-    """All have arrived at once: the one that started first is let finish, or each would lose its work again and again."""
-    sim = simulation(blocks=65, block_size=1, budget=10, caching=False)
-    twins = [Job(tuple(range(60)), 0, new_tokens=5) for _ in range(3)]
-    for twin in twins:
-        sim.scheduler.add(twin)
+def test_of_one_requests_completions_the_last_gives_way():
+    """All have arrived at once, so that arrival alone does not say which."""
+    sim = simulation(blocks=12, block_size=1, caching=False)
+    first, second, third = (Job((1, 2, 3), 0, new_tokens=4) for _ in range(3))
+    for job in (first, second, third):
+        sim.scheduler.add(job)
+    while not third.preemptions:
+        sim.step()
+    assert (first.preemptions, second.preemptions) == (0, 0)
     sim.run()
-    assert sim.ended == twins
-    assert twins[0].preemptions == 0
+    assert sim.ended == [first, second, third]
+
+
+def test_a_prompt_starts_when_all_of_it_has_room():
+    """Not when a first chunk has: it would be thrown out before its prompt is through, and all that was for nothing."""
+    sim = simulation(blocks=10, block_size=1, budget=3, caching=False)
+    first, second = jobs(sim, (4, 5), (8, 1))
+    sim.run()
+    assert sim.ended == [first, second]
+    assert second.preemptions == 0
+    assert sim.computed_tokens == (4 + 5 - 1) + 8
 
 
 # -- policies ----------------------------------------------------------------------------------------------------------
@@ -467,10 +479,13 @@ def test_preempt_can_be_swapped():
 @pytest.mark.parametrize("preempt", PREEMPTS)
 def test_two_that_fit_only_one_at_a_time_both_end(preempt):
     """Choosing always the one with the most work done would throw each back in turn, for ever."""
-    sim = simulation(blocks=100, block_size=1, budget=10, caching=False, policy=Policy(preempt=PREEMPTS[preempt]))
-    jobs(sim, (95, 5), (95, 5))
-    sim.run()
-    assert sim.steps <= 200
+    policy = Policy(budget=BUDGETS["small chunks"], preempt=PREEMPTS[preempt])
+    sim = simulation(blocks=26, block_size=1, budget=6, caching=False, policy=policy)
+    first, second = jobs(sim, (13, 13), (13, 13))
+    while sim.scheduler.busy:
+        sim.step()
+        assert sim.steps <= 2 * 26
+    assert sim.ended == [first, second]
 
 
 @pytest.mark.parametrize("count", [0, -1, 6, 1.5, None, "1"])
@@ -484,7 +499,7 @@ def test_a_budget_that_cannot_be_is_an_error_and_no_hang(count):
 def test_a_budget_above_what_a_sequence_has_left_is_an_error():
     sim = simulation(budget=5, policy=Policy(budget=lambda sequence, budget: 4))
     jobs(sim, (3, 1))
-    with pytest.raises(ValueError, match="from 1 to 3$"):
+    with pytest.raises(ValueError, match=r"from 1 to 3$"):
         sim.scheduler.schedule()
 
 
@@ -492,7 +507,9 @@ def test_a_budget_above_what_a_sequence_has_left_is_an_error():
 def test_a_choice_of_nobody_is_an_error(chosen):
     sim = simulation(policy=Policy(order=lambda waiting: chosen))
     jobs(sim, (3, 1))
-    with pytest.raises(ValueError, match="^the order policy returned none of the 1 sequences that it may choose from$"):
+    with pytest.raises(
+        ValueError, match=r"^the order policy returned none of the 1 sequences that it may choose from$"
+    ):
         sim.scheduler.schedule()
 
 
@@ -501,7 +518,7 @@ def test_preempting_one_that_is_in_the_step_already_is_an_error():
     first, _ = jobs(sim, (2, 4), (2, 3))
     sim.scheduler.policy = Policy(preempt=lambda candidates: first)
     sim.step()
-    with pytest.raises(ValueError, match="^the preempt policy returned none of the 1 sequences"):
+    with pytest.raises(ValueError, match=r"^the preempt policy returned none of the 1 sequences"):
         sim.step()
 
 

@@ -1,4 +1,4 @@
-"""A simulator of woven steps, to have realistic spans without a runtime: strands of layers, a first-in-first-out comm lane."""
+"""Simulated steps, for realistic spans without a runtime: strands of layers, a first-in-first-out comm lane."""
 
 from __future__ import annotations
 

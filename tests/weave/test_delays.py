@@ -5,8 +5,11 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from tests.weave.faults import shared_buffers
 from tests.weave.steps import SCENES, play, scene_runner
 from tokenweave import LLM, SamplingParams
 from tokenweave.engine.runner import Runner
-from tokenweave.weave.lanes import Job, Observer
+from tokenweave.weave.lanes import Job, Observer, ThreadLane, ThreadPending
 
 LONGEST_S = 0.004
 SEEDS = (0, 1, 2)
@@ -51,53 +54,53 @@ class Latest(Observer):
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._events: dict[int, threading.Event] = {}
+        self._wanted: dict[Job, threading.Event] = {}
 
     def waiting(self, job: Job) -> None:
         self._event(job).set()
 
     def started(self, job: Job) -> None:
-        assert self._event(job).wait(30), "nobody came to wait for this job"
+        if not self._event(job).wait(30):
+            raise TimeoutError("nobody came to wait for this job")
 
     def _event(self, job: Job) -> threading.Event:
         with self._lock:
-            return self._events.setdefault(id(job.run), threading.Event())
+            return self._wanted.setdefault(job, threading.Event())
 
 
-class Earliest(Observer):
-    """The fastest comm lane there can be: compute goes on only when all that was submitted is done."""
+@contextmanager
+def earliest() -> Iterator[None]:
+    """The fastest comm lane there can be: a job is done before the compute lane goes on."""
+    submit = ThreadLane.submit
 
-    def __init__(self) -> None:
-        self._done = threading.Condition()
-        self._in_flight = 0
+    def at_once(lane: ThreadLane, run: Callable[[], Any], **words: Any) -> ThreadPending:
+        pending = submit(lane, run, **words)
+        pending.drain()
+        return pending
 
-    def submitted(self, job: Job) -> None:
-        with self._done:
-            assert self._done.wait_for(lambda: self._in_flight == 0, 30), "the comm lane is stuck"
-            self._in_flight += 1
-
-    def finished(self, job: Job) -> None:
-        with self._done:
-            self._in_flight -= 1
-            self._done.notify()
+    with patch.object(ThreadLane, "submit", at_once):
+        yield
 
 
-def schedules(rank: int) -> dict[str, Observer]:
-    """Random ones differ between ranks as well."""
-    delays = {f"delays {seed}": RandomDelays(10 * seed + rank) for seed in SEEDS}
-    return {"earliest": Earliest(), "latest": Latest(), **delays}
+def observed(runner: Runner, observer: Observer) -> AbstractContextManager[Any]:
+    return patch.object(runner.lane, "observers", (observer,))
+
+
+def schedules(runner: Runner) -> dict[str, AbstractContextManager[Any]]:
+    """How the lanes may run; the random ones differ between ranks as well."""
+    extremes = {"as it comes": nullcontext(), "earliest": earliest(), "latest": observed(runner, Latest())}
+    delays = {seed: RandomDelays(10 * seed + runner.ranks.rank) for seed in SEEDS}
+    return extremes | {f"delays {seed}": observed(runner, observer) for seed, observer in delays.items()}
 
 
 def logits_by_schedule(folder: Path, form: str, scenes: list[str]) -> dict[tuple[str, str], list[torch.Tensor]]:
-    """On a rank: {(scene, schedule): its steps' logits}; schedule "" is the one that comes by itself."""
+    """On a rank: {(scene, schedule): the logits of its steps}."""
     logits = {}
     with scene_runner(folder) as runner:
         for name in scenes:
-            logits[name, ""] = play(runner, SCENES[name], form)
-            for schedule, observer in schedules(runner.ranks.rank).items():
-                runner.lane.observers = (observer,)
-                logits[name, schedule] = play(runner, SCENES[name], form)
-            runner.lane.observers = ()
+            for schedule, in_force in schedules(runner).items():
+                with in_force:
+                    logits[name, schedule] = play(runner, SCENES[name], form)
     return logits
 
 
@@ -105,25 +108,25 @@ def logits_by_schedule(folder: Path, form: str, scenes: list[str]) -> dict[tuple
 def test_logits_under_any_schedule(ranks, checkpoint, form):
     scenes = ["prefill", "mixed", "cut in a chunk", "odd rows"]
     by_rank = ranks(2).run(logits_by_schedule, checkpoint("llama"), form, scenes)
-    expected = {name: by_rank[0][name, ""] for name in scenes}
+    expected = {name: by_rank[0][name, "as it comes"] for name in scenes}
+    assert all(step.isfinite().all() for steps in expected.values() for step in steps)
     for logits in by_rank:
-        assert len(logits) == len(scenes) * (1 + 2 + len(SEEDS))
+        assert len(logits) == len(scenes) * (3 + len(SEEDS))
         for (name, schedule), steps in logits.items():
             for step, reference in zip(steps, expected[name], strict=True):
-                assert reference.isfinite().all()
                 assert torch.equal(step, reference), (name, schedule)
 
 
 def tokens_by_schedule(folder: Path) -> dict[str, list[list[int]]]:
-    """On a rank: {schedule: the tokens of each request}, through the API; sampled, with prompts that take several steps."""
+    """On a rank: {schedule: the tokens of each request}, sampled through the API; the prompts take several steps."""
     params = SamplingParams(temperature=1.0, seed=0, max_tokens=8, ignore_eos=True)
-    with LLM(folder, overlap="weave", max_num_batched_tokens=24, block_size=4, progress=False) as llm:
-        runner: Runner = llm._runner
-        tokens = {}
-        for schedule, observer in {"": Observer(), **schedules(runner.ranks.rank)}.items():
-            runner.lane.observers = (observer,)
-            runner.storage.fill_(float("nan"))
-            outputs: Any = llm.generate(prompt_batch(0, (1, 30, 7, 18)), params)
+    options = {"max_num_batched_tokens": 24, "block_size": 4, "enable_prefix_caching": False, "progress": False}
+    tokens = {}
+    with LLM(folder, overlap="weave", **options) as llm:
+        for schedule, in_force in schedules(llm._runner).items():
+            llm._runner.storage.fill_(float("nan"))
+            with in_force:
+                outputs: Any = llm.generate(prompt_batch(0, (1, 30, 7, 18)), params)
             tokens[schedule] = [output.outputs[0].token_ids for output in outputs]
     return tokens
 
@@ -131,22 +134,22 @@ def tokens_by_schedule(folder: Path) -> dict[str, list[list[int]]]:
 def test_tokens_under_any_schedule(ranks, checkpoint):
     one, other = ranks(2).run(tokens_by_schedule, checkpoint("llama"))
     assert one == other
-    assert one == dict.fromkeys(one, one[""])
-    assert [len(tokens) for tokens in one[""]] == [8] * 4
+    assert one == dict.fromkeys(one, one["as it comes"])
+    assert [len(set(tokens)) > 1 for tokens in one["as it comes"]] == [True] * 4  # NaN would repeat one token
 
 
-def faulty_logits(folder: Path, form: str) -> tuple[bool, bool]:
+def faulty_logits(folder: Path) -> list[bool]:
     """On a rank: whether logits stay equal with shared buffers, on the earliest and on the latest schedule."""
-    equal = []
     with scene_runner(folder) as runner:
-        (expected,) = play(runner, SCENES["prefill"], form)
-        for schedule in (Earliest(), Latest()):
-            runner.lane.observers = (schedule,)
-            with shared_buffers(runner):
-                equal.append(torch.equal(play(runner, SCENES["prefill"], form)[0], expected))
-    return equal[0], equal[1]
+        (expected,) = play(runner, SCENES["prefill"], "reference")
+        equal = []
+        for in_force in (earliest(), observed(runner, Latest())):
+            with in_force, shared_buffers(runner):
+                (logits,) = play(runner, SCENES["prefill"], "reference")
+            equal.append(torch.equal(logits, expected))
+    return equal
 
 
 def test_a_shared_buffer_shows_on_the_latest_schedule(ranks, checkpoint):
-    """These tests can fail: the fault goes unseen when the comm lane is quick, and not when it is slow."""
-    assert ranks(2).run(faulty_logits, checkpoint("llama"), "reference") == [(True, False)] * 2
+    """The tests above can fail: the fault goes unseen while the comm lane is quick, and shows once it is slow."""
+    assert ranks(2).run(faulty_logits, checkpoint("llama")) == [[True, False]] * 2

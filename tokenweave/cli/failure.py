@@ -25,7 +25,7 @@ def report(error: BaseException, rank: int) -> int:
     """Say on stderr what went wrong, once over all ranks; returns the exit code."""
     if rank == 0 or not is_known_to_rank_0(error):
         print(describe(error, rank), file=sys.stderr, end="", flush=True)
-    if rank > 0:
+    if rank > 0 and not isinstance(error, KeyboardInterrupt):
         time.sleep(RANK_0_FIRST_S)
     return exit_code(error)
 

@@ -133,12 +133,15 @@ def surviving(owners: list[range], rows: tuple[int, ...]) -> list[range]:
     return [range(part.start, part.stop) for part in slices]
 
 
+FORMS = {"reference": Channel, "sharded": ShardedChannel}
+
+
 class Communicator:
     """Opens channels: one per half and step. `form` is chosen at `open` and fixed for the strand's life."""
 
-    forms = {"reference": Channel, "sharded": ShardedChannel}
-
-    def __init__(self, transport: Transport, rank: int, max_rows: int, hidden_size: int, dtype: torch.dtype, device: Any):
+    def __init__(
+        self, transport: Transport, rank: int, max_rows: int, hidden_size: int, dtype: torch.dtype, device: Any
+    ):
         self.transport = transport
         self.rank = rank
         self._halves: list[Buffers] = []
@@ -148,4 +151,4 @@ class Communicator:
         """The channel of one half of `rows` rows; its sums run on `lane`."""
         while len(self._halves) <= half:
             self._halves.append(self._make())
-        return self.forms[form](rows, half, self._halves[half], self.transport, lane, self.rank)
+        return FORMS[form](rows, half, self._halves[half], self.transport, lane, self.rank)

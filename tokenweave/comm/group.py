@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 INLINE_BYTES = 4096  # a control message up to this size travels in one piece
+WORKERS = "tokenweave workers"  # what the default group is called that an LLM makes with the ranks that it started
 
 
 class PeerError(RuntimeError):
@@ -50,6 +51,7 @@ class Ranks:
         pieces = [head] if len(payload) <= INLINE_BYTES else [head, data[INLINE_BYTES:]]
         peers = range(1, self.world_size)
         for work in [dist.isend(piece, peer, group=self.control) for piece in pieces for peer in peers]:
+            assert work is not None  # only ranks outside the group get none
             work.wait()
 
     def receive(self) -> Any:
@@ -83,13 +85,12 @@ class Ranks:
             yield
         except Exception as caught:
             error = caught
-        report = None if error is None else (type(error), str(error))
-        reports = self.gather(report)
+        reports = self.gather(None if error is None else as_peers_see_it(error, self.rank, task))
         if error is not None:
             raise error
-        for rank, failed in enumerate(reports):
-            if failed is not None:
-                raise peer_error(rank, task, *failed)
+        for report in reports:
+            if report is not None:
+                raise report
 
     def leave(self) -> None:
         """Free this object's process groups (not the default group, which others may use)."""
@@ -98,11 +99,18 @@ class Ranks:
                 dist.destroy_process_group(group)
 
 
-def peer_error(rank: int, task: str, kind: type[Exception], text: str) -> Exception:
-    """The error the other ranks raise: of the same kind where it is a plain one, so that callers can catch it."""
-    if kind in (ValueError, TypeError, FileNotFoundError):
-        return kind(text)
-    return PeerError(f"rank {rank} failed in {task}: {kind.__name__}: {text}")
+def as_peers_see_it(error: Exception, rank: int, task: str) -> Exception:
+    """What the other ranks raise: of the same kind where it is a plain one, so that callers can catch it."""
+    for kind in (ValueError, TypeError, FileNotFoundError):
+        if isinstance(error, kind):
+            return kind(f"rank {rank}: {error}")
+    return PeerError(f"rank {rank} failed in {task}: {type(error).__name__}: {error}")
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether another rank went away or did not answer in time. gloo raises plain RuntimeErrors."""
+    said_by_gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    return said_by_gloo or isinstance(error, dist.DistError | ConnectionError)
 
 
 def environment_world_size() -> int:
@@ -112,9 +120,14 @@ def environment_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def has_workers() -> bool:
+    """Whether an LLM of this process has started its own ranks, and is still open."""
+    return dist.group.WORLD is not None and dist.group.WORLD.group_desc == WORKERS
+
+
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the ranks of one host meet that were not started by torchrun."""
+    """Where the ranks of one host meet that were not started by torchrun: the port of a TCPStore that rank 0 holds."""
 
     port: int
     rank: int
@@ -143,10 +156,12 @@ def enter_default_group(timeout: timedelta, meeting: Rendezvous | None) -> None:
     if meeting is None:
         dist.init_process_group("gloo", timeout=timeout)
     else:
-        address = f"tcp://127.0.0.1:{meeting.port}"
+        store = dist.TCPStore("127.0.0.1", meeting.port, timeout=timeout)
         dist.init_process_group(
-            "gloo", init_method=address, rank=meeting.rank, world_size=meeting.world_size, timeout=timeout
+            "gloo", store=store, rank=meeting.rank, world_size=meeting.world_size, timeout=timeout
         )
+        assert dist.group.WORLD is not None
+        dist.group.WORLD._set_group_desc(WORKERS)
     atexit.register(leave_default_group)  # a process that ends with the group alive aborts
 
 

@@ -88,6 +88,7 @@ class GlooTransport:
         works = [dist.irecv(data, peer, group=self.group) for peer, data in incoming if data.numel()]
         works += [dist.isend(data, peer, group=self.group) for peer, data in outgoing if data.numel()]
         for work in works:
+            assert work is not None  # only ranks outside the group get none
             work.wait()
         return sum(data.nbytes for _, data in outgoing)
 

@@ -53,7 +53,8 @@ class Batch:
 
     def wanted_rows(self) -> tuple[int, ...]:
         """The rows that make logits, ascending."""
-        rows, at = [], 0
+        rows: list[int] = []
+        at = 0
         for span in self.spans:
             at += len(span)
             rows += range(at - span.wanted, at)
@@ -70,7 +71,9 @@ class Half:
         positions = [range(span.context, span.context + len(span)) for span in batch.spans]
         self.positions = integers([position for run in positions for position in run], device)
         self.rope_lengths = [
-            max(span.prompt_len, position + 1) for span, run in zip(batch.spans, positions, strict=True) for position in run
+            max(span.prompt_len, position + 1)
+            for span, run in zip(batch.spans, positions, strict=True)
+            for position in run
         ]
         wanted = batch.wanted_rows()
         self.logits_rows = Rows(wanted, integers(wanted, device))

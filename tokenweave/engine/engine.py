@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,7 @@ class Engine:
         self.limits = Limits(runner.spec.vocab_size, runner.max_model_len, pool.num_blocks * config.block_size)
         self.requests_seen = 0
 
-    def run(self, prompts: list[Prompt]) -> Iterator[list[RequestState]]:
+    def run(self, prompts: list[Prompt]) -> Generator[list[RequestState], None, None]:
         """Generate for all prompts. First yields every request, then after each step those that got tokens."""
         requests = [self._start(prompt) for prompt in prompts]
         running = {id(one.sequence): (request, one) for request in requests for one in request.completions}

@@ -47,7 +47,9 @@ def as_params(params: Any, count: int) -> list[SamplingParams]:
     if not isinstance(params, list | tuple) or not all(isinstance(one, SamplingParams) for one in params):
         raise TypeError(f"sampling_params must be a SamplingParams or a list of them, got {params!r}")
     if len(params) != count:
-        raise ValueError(f"there are {count} prompts but {len(params)} sampling_params; pass one for all, or one for each")
+        raise ValueError(
+            f"there are {count} prompts but {len(params)} sampling_params; pass one for all, or one for each"
+        )
     return list(params)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from tokenweave.comm.group import Ranks, Rendezvous, join
 from tokenweave.config import EngineConfig
@@ -40,7 +40,7 @@ def open_rank(config: EngineConfig, meeting: Rendezvous | None = None, observers
 
     Raises the same kind of error on every rank when any of them fails.
     """
-    device = pick_device(config.device)
+    device = pick_device(config.device, *local_place(meeting))
     ranks = join(device, config.timeout_s, meeting)
     try:
         return load_rank(config, ranks, observers)
@@ -64,14 +64,29 @@ def load_rank(config: EngineConfig, ranks: Ranks, observers: tuple[Observer, ...
     return Rank(ranks, runner, folder, hf_config, times)
 
 
-def pick_device(asked: str) -> torch.device:
-    """The device of this rank. Raises ValueError for CUDA where there is none."""
-    available = torch.cuda.is_available()
-    if asked == "cuda" and not available:
-        raise ValueError("device='cuda', but torch sees no CUDA device; install a CUDA build of torch, or use device='cpu'")
-    if asked == "cpu" or not available:
+def local_place(meeting: Rendezvous | None) -> tuple[int, int]:
+    """(this rank's number on its host, how many ranks the host has)."""
+    if meeting is not None:
+        return meeting.rank, meeting.world_size
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def pick_device(asked: str, local_rank: int, local_ranks: int) -> torch.device:
+    """The device of this rank. "auto": CUDA where this host has a GPU for each of its ranks, else the CPU.
+
+    Raises ValueError for CUDA where there is none.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked == "cuda" and gpus == 0:
+        raise ValueError(
+            "device='cuda', but torch sees no CUDA device; install a CUDA build of torch, or use device='cpu'"
+        )
+    if asked == "cpu" or gpus == 0:
         return torch.device("cpu")
-    local = int(os.environ.get("LOCAL_RANK", dist.get_rank() if dist.is_initialized() else 0))
-    device = torch.device("cuda", local % torch.cuda.device_count())
+    if asked == "auto" and gpus < local_ranks:
+        if local_rank == 0:
+            warnings.warn(f"{local_ranks} ranks share {gpus} GPU: running on the CPU; see device='cuda'", stacklevel=2)
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % gpus)
     torch.cuda.set_device(device)
     return device

@@ -36,7 +36,9 @@ CUDA_CACHE_SHARE = 0.90  # of what the weights left free
 class Runner:
     """Everything of a rank that computes. Built on every rank in the same order, since building it communicates."""
 
-    def __init__(self, config: EngineConfig, ranks: Ranks, folder: Path, hf_config: Any, observers: tuple[Observer, ...] = ()):
+    def __init__(
+        self, config: EngineConfig, ranks: Ranks, folder: Path, hf_config: Any, observers: tuple[Observer, ...] = ()
+    ):
         self.config = config
         self.ranks = ranks
         self.spec: DecoderSpec = read_spec(folder, hf_config)
@@ -94,7 +96,9 @@ class Runner:
         load(self.model.loads(), checkpoint, progress=self.config.progress and first)
         if first and (left := unused(self.model.loads(), checkpoint)):
             listed = ", ".join(left[:3])
-            warnings.warn(f"the checkpoint holds {len(left)} tensors that the model has no use for: {listed}", stacklevel=2)
+            warnings.warn(
+                f"the checkpoint holds {len(left)} tensors that the model has no use for: {listed}", stacklevel=2
+            )
 
     def allocate(self) -> None:
         """Allocate the KV cache: as many blocks as asked for, else as many as the poorest rank has memory for."""
@@ -105,7 +109,9 @@ class Runner:
         mine = self.config.num_kv_blocks or min(wanted, cache_bytes(self.ranks.device) // block_bytes)
         blocks = min(self.ranks.gather(mine))
         if blocks < 1:
-            raise ValueError(f"no memory is left for one KV block of {block_bytes} bytes; lower block_size or free memory")
+            raise ValueError(
+                f"no memory is left for one KV block of {block_bytes} bytes; lower block_size or free memory"
+            )
         shape = (blocks, spec.num_layers, block_size, kv_heads, spec.head_dim)
         self.storage = allocate_storage(*shape, self.dtype, self.ranks.device)
 

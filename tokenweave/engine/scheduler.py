@@ -103,19 +103,25 @@ class Scheduler:
         while self.waiting and budget and len(self.running) < self.max_num_seqs:
             sequence = self._choose("order", self.waiting)
             cached = self._cached(sequence)
-            sequence.computed = len(cached) * self.pool.block_size
-            count = self._count(sequence, budget)
-            fresh = self.pool.blocks_for(sequence.computed + count) - len(cached)
+            # Room for all its tokens, not only for a first chunk, or it would soon be preempted again.
+            fresh = self.pool.blocks_for(len(sequence.tokens)) - len(cached)
             if self.pool.cost(cached, fresh) > self.pool.num_free:
-                sequence.computed = 0
                 break
-            self.pool.reuse(cached)
-            sequence.block_table, sequence.published = cached + self.pool.take(fresh), len(cached)
-            self.waiting.remove(sequence)
-            self.running.append(sequence)
+            count = self._start(sequence, cached, budget)
             scheduled.append(Scheduled(sequence, count))
             budget -= count
         return scheduled
+
+    def _start(self, sequence: Sequence, cached: list[int], budget: int) -> int:
+        """Make a waiting sequence run, on top of blocks that are cached; returns how many tokens it computes first."""
+        sequence.computed = len(cached) * self.pool.block_size
+        count = self._count(sequence, budget)
+        self.pool.reuse(cached)
+        sequence.block_table, sequence.published = cached, len(cached)
+        self._grow(sequence, count)
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        return count
 
     def _choose(self, name: str, choices: list[Sequence]) -> Sequence:
         """What the policy `name` chooses. Raises ValueError when it chooses none of the choices."""

@@ -9,6 +9,7 @@ import traceback
 
 import torch
 
+from tokenweave.comm.group import is_lost_peer
 from tokenweave.engine.engine import follow
 from tokenweave.engine.messages import finish_call
 from tokenweave.engine.rank import Rank, open_rank
@@ -16,8 +17,7 @@ from tokenweave.engine.workers import READY_FD
 
 
 def main() -> int:
-    config, meeting, threads, path = pickle.load(sys.stdin.buffer)
-    sys.path[:] = path
+    config, meeting, threads = pickle.load(sys.stdin.buffer)
     torch.set_num_threads(threads)
     ready = int(os.environ[READY_FD])
     os.write(ready, b"r")
@@ -28,9 +28,10 @@ def main() -> int:
         return 1  # rank 0 raises the same error: open_rank shares failures
     try:
         serve(rank)
-    except Exception:
-        traceback.print_exc()
-        return 1
+    except Exception as error:
+        if not is_lost_peer(error):
+            traceback.print_exc()
+        return 1  # that a peer is lost, its own output or rank 0 says
     return 0
 
 

@@ -6,19 +6,21 @@ import contextlib
 import os
 import pickle
 import select
-import socket
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from typing import BinaryIO
 
 import torch
+import torch.distributed as dist
 
-from tokenweave.comm.group import Rendezvous, environment_world_size
+from tokenweave.comm.group import PeerError, Rendezvous, environment_world_size, has_workers
 from tokenweave.config import EngineConfig
 
 START_TIMEOUT_S = 180.0  # to import torch, on a cold and busy machine
 STOP_TIMEOUT_S = 5.0
+END_TIMEOUT_S = 2.0  # from a rank's connections to its process: the former end first
 READY_FD = "TOKENWEAVE_READY_FD"
 
 
@@ -29,21 +31,35 @@ class Workers:
     """
 
     def __init__(self, config: EngineConfig, world_size: int):
-        self.meeting = Rendezvous(free_port(), 0, world_size)
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # 0: any port that is free
+        self.meeting = Rendezvous(self.store.port, 0, world_size)
         self.processes: list[subprocess.Popen[bytes]] = []
         try:
-            ready = [self._start(config, rank) for rank in range(1, world_size)]
-            self._await(ready)
+            with contextlib.ExitStack() as open_files:
+                ready = [open_files.enter_context(self._start(config, rank)) for rank in range(1, world_size)]
+                self._await(ready)
         except BaseException:
             self.stop(force=True)
             raise
 
     def wake(self) -> None:
-        """Have every worker follow rank 0 until it is told that the call is done."""
+        """Have every worker follow rank 0 until it is told that the call is done. Raises PeerError where one is gone."""
         for process in self.processes:
             assert process.stdin is not None
-            process.stdin.write(b"\n")
-            process.stdin.flush()
+            try:
+                process.stdin.write(b"\n")
+                process.stdin.flush()
+            except BrokenPipeError as error:
+                raise PeerError(self.ended()) from error
+
+    def ended(self) -> str:
+        """Which ranks have ended, in words. Called where one seems to be gone: waits a moment until one is."""
+        deadline_s = time.monotonic() + END_TIMEOUT_S
+        while all(process.poll() is None for process in self.processes) and time.monotonic() < deadline_s:
+            time.sleep(0.02)
+        codes = {rank: process.poll() for rank, process in enumerate(self.processes, start=1)}
+        gone = [f"rank {rank} ended with exit code {code}" for rank, code in codes.items() if code is not None]
+        return f"{', '.join(gone) or 'a rank does not answer'}; its output is above"
 
     def stop(self, force: bool = False) -> None:
         """End every worker: one that waits for a call by the end of its input, one in mid-step (force) by a signal."""
@@ -62,13 +78,17 @@ class Workers:
                 process.wait(STOP_TIMEOUT_S)
         self.processes = []
 
-    def _start(self, config: EngineConfig, rank: int) -> int:
-        """Start one worker; returns the descriptor on which it says that it is ready to meet."""
+    def _start(self, config: EngineConfig, rank: int) -> BinaryIO:
+        """Start one worker; returns the pipe on which it says that it is ready to meet."""
         read_fd, write_fd = os.pipe()
-        world_size = self.meeting.world_size
-        local = {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size), READY_FD: str(write_fd)}
+        local = {
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(self.meeting.world_size),
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # it imports what the caller imports
+            READY_FD: str(write_fd),
+        }
         process = subprocess.Popen(
-            [sys.executable, "-m", "tokenweave.engine.worker"],
+            [sys.executable, "-P", "-m", "tokenweave.engine.worker"],
             stdin=subprocess.PIPE,
             stdout=2,  # what a worker prints is not the caller's output
             env=os.environ | local,
@@ -78,19 +98,17 @@ class Workers:
         os.close(write_fd)
         self.processes.append(process)
         assert process.stdin is not None
-        meeting = replace(self.meeting, rank=rank)
-        pickle.dump((config, meeting, torch.get_num_threads(), sys.path), process.stdin)
-        process.stdin.flush()
-        return read_fd
+        with contextlib.suppress(BrokenPipeError):  # it has ended at once, which `_await` sees
+            pickle.dump((config, replace(self.meeting, rank=rank), torch.get_num_threads()), process.stdin)
+            process.stdin.flush()
+        return os.fdopen(read_fd, "rb", buffering=0)
 
-    def _await(self, ready: list[int]) -> None:
+    def _await(self, ready: list[BinaryIO]) -> None:
         """Wait until every worker is ready; raises when one ends first or none comes within START_TIMEOUT_S."""
         deadline_s = time.monotonic() + START_TIMEOUT_S
-        for rank, fd in enumerate(ready, start=1):
-            readable, _, _ = select.select([fd], [], [], max(0.0, deadline_s - time.monotonic()))
-            said = os.read(fd, 1) if readable else b""
-            os.close(fd)
-            if not said:
+        for rank, pipe in enumerate(ready, start=1):
+            readable, _, _ = select.select([pipe], [], [], max(0.0, deadline_s - time.monotonic()))
+            if not (readable and pipe.read(1)):
                 why = "ended at once" if readable else f"was not ready after {START_TIMEOUT_S:g} s"
                 raise RuntimeError(f"the process of rank {rank} {why}; its output is above")
 
@@ -100,14 +118,19 @@ def start_workers(config: EngineConfig) -> Workers | None:
 
     Raises ValueError where tensor_parallel_size contradicts what is already running.
     """
+    if has_workers():
+        raise ValueError(
+            "an LLM of this process has started ranks of its own and is still open, which leaves no room for another; "
+            "close it first"
+        )
     running, asked = environment_world_size(), config.tensor_parallel_size
     if asked is None or asked == running:
         share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", running)))
         return None
-    if running > 1:
+    if running > 1 or dist.is_initialized():
         raise ValueError(
-            f"tensor_parallel_size={asked}, but this process is one of {running} ranks already (torchrun, or another "
-            "open tensor-parallel LLM); leave it out, or close the other LLM first"
+            f"tensor_parallel_size={asked}, but this process is one of {running} already (by torchrun or "
+            f"init_process_group); expected {running} or None: leave it out, or start {asked} processes"
         )
     share_cores(asked)
     return Workers(config, asked)
@@ -117,9 +140,3 @@ def share_cores(ranks: int) -> None:
     """Threads for torch's operators: this rank's share of the host's cores, unless OMP_NUM_THREADS says otherwise."""
     if ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

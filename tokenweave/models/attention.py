@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SHORT_CONTEXT = 64  # tokens; below it padding costs less than a further group
 CAPPED_QUERIES = 256  # queries at a time where scores are materialised (soft cap), to bound memory
 
 
@@ -27,8 +28,11 @@ class Options:
 class Span(Protocol):
     """One sequence's part of a half: `len` new tokens after `context` cached ones, in the cache's blocks."""
 
-    context: int
-    block_table: Sequence[int]
+    @property
+    def context(self) -> int: ...
+
+    @property
+    def block_table(self) -> Sequence[int]: ...
 
     def __len__(self) -> int: ...
 
@@ -49,7 +53,7 @@ class PagedAttention:
         starts = np.cumsum([0] + [len(span) for span in spans])
         parts = [_Prefill(self, int(at), span) for at, span in zip(starts, spans, strict=False) if len(span) > 1]
         single = [(int(at), span) for at, span in zip(starts, spans, strict=False) if len(span) == 1]
-        self.parts: list[_Prefill | _Decode] = [*parts, *([_Decode(self, single)] if single else [])]
+        self.parts: list[_Prefill | _Decode] = [*parts, *(_Decode(self, group) for group in alike(single))]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
         """q: [tokens, heads, head_dim], k and v: [tokens, kv_heads, head_dim]; returns [tokens, heads * head_dim]."""
@@ -124,7 +128,7 @@ class _Prefill:
 
 
 class _Decode:
-    """All spans of one token, attended together: their keys are read into one rectangle and masked to their lengths."""
+    """Spans of one token, attended together: their keys are read into one rectangle and masked to their lengths."""
 
     def __init__(self, paged: PagedAttention, spans: list[tuple[int, Span]]):
         self.paged = paged
@@ -156,6 +160,14 @@ class _Decode:
             visible = None if mask.all() else torch.from_numpy(mask)[:, None, None].to(self.paged.device)
             self._views[window] = (torch.from_numpy(slots).to(self.paged.device), visible)
         return self._views[window]
+
+
+def alike(spans: list[tuple[int, Span]]) -> list[list[tuple[int, Span]]]:
+    """Group spans whose contexts are within a factor of two, so that at most half of a group's rectangle is padding."""
+    groups: dict[int, list[tuple[int, Span]]] = {}
+    for at, span in spans:
+        groups.setdefault(max(span.context, SHORT_CONTEXT).bit_length(), []).append((at, span))
+    return list(groups.values())
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, options: Options) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenweave.models.layers import Place, activation_function, as_slice
 from tokenweave.models.spec import ExpertsSpec
-from tokenweave.models.weights import Load
+from tokenweave.models.weights import Load, Where
 
 
 class Experts:
@@ -56,7 +56,7 @@ class Experts:
         count, inner, hidden = self.spec.count, self.spec.intermediate_size, self.router.shape[1]
         up_rows = slice(rows.start + inner, rows.stop + inner)
         router, up_gate, down = (count, hidden), (count, 2 * inner, hidden), (count, hidden, inner)
-        either = ((f"{prefix}.mlp.gate.weight", (), router),)
+        either: tuple[Where, ...] = ((f"{prefix}.mlp.gate.weight", (), router),)
         yield Load(self.router, f"{prefix}.{self.spec.router}.weight", (), either, shape=router)
         for e in range(count):
             name = f"{prefix}.{self.spec.expert.format(e=e)}"

@@ -45,7 +45,7 @@ class Rope:
 
     def _static(self, config: Any) -> tuple[Tensor, float]:
         if self.kind in ("default", "dynamic"):
-            return 1.0 / self.theta**self._exponents(torch.device("cpu")), 1.0
+            return 1.0 / self.theta ** self._exponents(torch.device("cpu")), 1.0
         return ROPE_INIT_FUNCTIONS[self.kind](config, torch.device("cpu"))
 
     def _dynamic(self, lengths: Tensor) -> Tensor:

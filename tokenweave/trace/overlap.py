@@ -59,7 +59,9 @@ def measure(spans: Sequence[Span]) -> Overlap:
     """The overlap of one rank's spans."""
     communication_ns = length(communication(spans))
     exposed_ns = length(exposed(spans))
-    idle_ns = length(union(interval(s) for s in spans if s.kind == "wait" or s.kind in COMMUNICATION)) - communication_ns
+    idle_ns = (
+        length(union(interval(s) for s in spans if s.kind == "wait" or s.kind in COMMUNICATION)) - communication_ns
+    )
     compute_ns = length(union(interval(s) for s in spans if s.kind == "segment"))
     return overlap(communication_ns / 1e9, exposed_ns / 1e9, idle_ns / 1e9, compute_ns / 1e9)
 

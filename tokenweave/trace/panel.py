@@ -12,8 +12,9 @@ from matplotlib.ticker import MaxNLocator
 
 from tokenweave.trace import overlap
 from tokenweave.trace.overlap import Interval
-from tokenweave.trace.spans import COMMUNICATION, LANES, Span, half_name
+from tokenweave.trace.spans import COMMUNICATION, LANES, Span
 
+PANEL_WIDTH_IN = 10.4
 ROW_IN, SMALL_ROW_IN = 0.34, 0.19
 RANK_GAP, MARGIN = 0.3, 0.12  # rows left free between ranks, and above the first and below the last
 BAR = 0.84  # of a row's height
@@ -127,6 +128,7 @@ def paint_bars(ax: Axes, panel: Panel, rank: int, spans: Sequence[Span], scale: 
         ranges = scale.ranges(map(overlap.interval, group))
         box = (panel.row(rank, lane) - BAR / 2, BAR)
         bars = ax.broken_barh(ranges, box, facecolor=colour, edgecolor="white", linewidth=edge_points, zorder=2)
+        bars.set_snap(not panel.small)  # thin bars snapped to pixels would leave gaps, or vanish
         bars.set_gid(f"rank {rank} {lane} {colour}")
 
 
@@ -138,22 +140,22 @@ def bar_colour(span: Span) -> str:
 
 
 def paint_exposed(ax: Axes, panel: Panel, rank: int, exposed: Sequence[Interval], scale: Scale) -> None:
-    """Mark what the compute lane loses: red, hatched where there is room. No outline, it would make short waits long."""
+    """Mark what the compute lane loses: red, hatched where there is room. An outline would make short waits long."""
     if not exposed:
         return
     box = (panel.row(rank, "compute") - BAR / 2, BAR)
     bars = ax.broken_barh(scale.ranges(exposed), box, facecolor=EXPOSED, edgecolor="white", linewidth=0, zorder=3)
-    bars.set_hatch(None if panel.small else EXPOSED_HATCH)
+    bars.set_hatch("" if panel.small else EXPOSED_HATCH)
+    bars.set_snap(not panel.small)
     bars.set_gid(f"rank {rank} exposed")
 
 
 def paint_names(ax: Axes, panel: Panel, spans: Sequence[Span], scale: Scale) -> None:
     """Write names into the bars that are wide enough."""
-    axes_points = ax.get_position().width * ax.get_figure().get_figwidth() * 72
-    points_per_ns = axes_points / (panel.window[1] - panel.window[0])
+    points_per_ns = PANEL_WIDTH_IN * 72 / (panel.window[1] - panel.window[0])
     measured_points = cache(text_points)  # of the few names there are; measuring is slow
     for span in spans:
-        room_points = (span.end_ns - span.start_ns) * points_per_ns - 5
+        room_points = (span.end_ns - span.start_ns) * points_per_ns - 8
         name = next((name for name in names(span) if measured_points(name, NAME_POINTS) <= room_points), None)
         if name is not None:
             paint_name(ax, panel, span, name, scale)

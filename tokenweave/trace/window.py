@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from tokenweave.trace.overlap import Interval
 from tokenweave.trace.spans import Span
 
-SEGMENTS_PER_LAYER = 2
 MAX_LAYERS = 6  # more than this in one panel and names no longer fit into their bars
 ZOOM_LAYERS = 3
 
@@ -42,14 +41,20 @@ def extent(spans: Sequence[Span]) -> Interval:
 
 def zoom(spans: Sequence[Span]) -> Interval | None:
     """Some layers from the middle of a step, or None if the whole step is short enough to be read."""
-    first = min(spans, key=lambda span: (span.half, span.rank))
-    segments = [s for s in spans if s.kind == "segment" and (s.half, s.rank) == (first.half, first.rank)]
-    segments.sort(key=lambda span: span.start_ns)
-    starts = [i for i, span in enumerate(segments) if span.name == "attn"]
-    if len(starts) <= MAX_LAYERS:
+    half, rank = min((span.half, span.rank) for span in spans)
+    starts_ns = layer_starts(s for s in spans if s.kind == "segment" and s.half == half and s.rank == rank)
+    if len(starts_ns) <= MAX_LAYERS:
         return None
-    start = starts[len(starts) // 2 - 1]
-    return segments[start].start_ns, segments[start + ZOOM_LAYERS * SEGMENTS_PER_LAYER].start_ns
+    first = len(starts_ns) // 2 - 1
+    return starts_ns[first], starts_ns[first + ZOOM_LAYERS]
+
+
+def layer_starts(segments: Iterable[Span]) -> list[int]:
+    """When each layer of one strand begins: at the segment that comes most often, the first of equals (so "attn")."""
+    starts: dict[str, list[int]] = defaultdict(list)
+    for span in sorted(segments, key=lambda span: span.start_ns):
+        starts[span.name].append(span.start_ns)
+    return max(starts.values(), key=len, default=[])
 
 
 def clip(spans: Iterable[Span], window: Interval) -> list[Span]:

@@ -151,8 +151,8 @@ class ThreadPending:
         if not self._done.wait(self.lane.timeout_s):
             job = self.job
             raise TimeoutError(
-                f"the {job.kind} of half {job.half} at {job.site or 'an unnamed site'} ({job.rows} rows) did not finish "
-                f"in {self.lane.timeout_s:g} s; a peer is stuck or gone: look at the other ranks' output"
+                f"the {job.kind} of half {job.half} at {job.site or 'an unnamed site'} ({job.rows} rows) did not "
+                f"finish in {self.lane.timeout_s:g} s; a peer is stuck or gone: look at the other ranks' output"
             )
 
 
