@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tokenweave.comm.group import leave_default_group
+from tokenweave.comm.group import PeerError, is_lost_peer, leave_default_group
 from tokenweave.config import EngineConfig
 from tokenweave.engine.engine import Engine, follow
 from tokenweave.engine.messages import Accepted, Done, Emit, Message, collect_spans
 from tokenweave.engine.prompts import accept
-from tokenweave.engine.rank import open_rank
+from tokenweave.engine.rank import Rank, open_rank
 from tokenweave.engine.request import Prompt
 from tokenweave.engine.vocabulary import read_vocabulary
-from tokenweave.engine.workers import start_workers
+from tokenweave.engine.workers import Workers, start_workers
+from tokenweave.keywords import check_keywords
 from tokenweave.outputs import RequestOutput
 from tokenweave.progress import Progress
 from tokenweave.trace.overlap import OverlapSummary, summary
@@ -37,25 +39,27 @@ class LLM:
     """
 
     def __init__(self, model: str | Path, **options: Any):
+        check_keywords("LLM", options, (field.name for field in fields(EngineConfig)))
         self.config = EngineConfig(model=str(model), **options)
         self.spans: list[Span] = []  # of all calls so far, when `trace` is set
         self._closed: str | None = None
         self._call: Call = no_call()
         self._threads = torch.get_num_threads()
+        self._workers: Workers | None = None
+        self._rank: Rank | None = None
+        try:
+            self._open()
+        except BaseException:
+            self._shut("it could not be opened", force=True)
+            raise
+
+    def _open(self) -> None:
         self._workers = start_workers(self.config)
-        try:
-            self._rank = open_rank(self.config, self._workers.meeting if self._workers else None)
-        except BaseException:
-            self._end_workers(force=True)
-            raise
-        self._ranks, self._runner = self._rank.ranks, self._rank.runner
-        try:
-            vocabulary = read_vocabulary(self._rank.folder, self._rank.hf_config)
-            self.tokenizer = vocabulary.tokenizer
-            self._engine = Engine(self.config, self._ranks, self._runner, vocabulary, self._rank.times)
-        except BaseException:
-            self.close(force=True)
-            raise
+        self._rank = rank = open_rank(self.config, self._workers.meeting if self._workers else None)
+        self._ranks, self._runner = rank.ranks, rank.runner
+        vocabulary = read_vocabulary(rank.folder, rank.hf_config)
+        self.tokenizer = vocabulary.tokenizer
+        self._engine = Engine(self.config, rank.ranks, rank.runner, vocabulary, rank.times)
 
     # -- generating ------------------------------------------------------------------------------------------------
 
@@ -67,50 +71,59 @@ class LLM:
         sampling_params: a SamplingParams for all prompts, or a list with one for each.
         Returns a RequestOutput for each prompt, in order. stream=True: an iterator of RequestOutputs, each with
         everything so far of a request that got tokens in a step; a new call ends an iterator that is not exhausted.
-        Raises ValueError or TypeError for a bad request, on every rank, before any work starts.
+        Raises ValueError or TypeError for a bad request, on every rank, before any work starts. Only rank 0's
+        arguments count. Raises PeerError where another rank has failed or gone; this LLM is then closed.
         """
-        self._check_open()
+        return self._begin(lambda: prompts, sampling_params, stream)
+
+    def chat(
+        self, messages: Any, sampling_params: Any = None, *, stream: bool = False, **template_options: Any
+    ) -> list[RequestOutput] | Iterator[RequestOutput]:
+        """Complete conversations: a list of {"role", "content"}, or a list of such lists; by the chat template."""
+        return self._begin(lambda: self._templated(messages, template_options), sampling_params, stream)
+
+    def _templated(self, messages: Any, template_options: dict[str, Any]) -> list[list[int]]:
+        if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
+            raise ValueError(f"{self.config.model} has no chat template; use generate with text of your own form")
+        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        options = {"add_generation_prompt": True, "tokenize": False} | template_options
+        texts = [self.tokenizer.apply_chat_template(one, **options) for one in conversations]
+        return [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+
+    def _begin(
+        self, prompts: Callable[[], Any], params: Any, stream: bool
+    ) -> list[RequestOutput] | Iterator[RequestOutput]:
+        """Start a call, once its requests are accepted, and run it to its end unless it is streamed."""
+        if self._closed is not None:
+            raise RuntimeError(f"this LLM cannot be used any more: {self._closed}; make a new one")
         self._call.close()
-        self._call = self._lead(prompts, sampling_params, stream) if self._ranks.rank == 0 else self._follow()
-        next(self._call)  # accepted, or refused by an exception
+        self._call = self._lead(prompts, params, stream) if self._ranks.rank == 0 else self._follow()
+        first = next(self._call)
+        if isinstance(first, Done) and first.error is not None:
+            raise first.error
         if stream:
             return streamed(self._call)
         *_, done = self._call
         assert isinstance(done, Done)
         return done.outputs
 
-    def chat(
-        self, messages: Any, sampling_params: Any = None, *, stream: bool = False, **template_options: Any
-    ) -> list[RequestOutput] | Iterator[RequestOutput]:
-        """Complete conversations: a list of {"role", "content"}, or a list of such lists; by the chat template."""
-        self._check_open()
-        if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
-            raise ValueError(f"{self.config.model} has no chat template; use generate with text of your own form")
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
-        options = {"add_generation_prompt": True, "tokenize": False} | template_options
-        texts = [self.tokenizer.apply_chat_template(one, **options) for one in conversations]
-        ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        return self.generate(ids, sampling_params, stream=stream)
-
-    def _lead(self, prompts: Any, params: Any, stream: bool) -> Call:
+    def _lead(self, prompts: Callable[[], Any], params: Any, stream: bool) -> Call:
         """Rank 0's side of a call: everything it yields, it also sends to the other ranks."""
-        if self._workers is not None:
-            self._workers.wake()
-        try:
-            accepted = accept(prompts, params, self.tokenizer, self._engine.limits)
-        except (ValueError, TypeError) as error:
-            self._tell(Done([], error))
-            raise
-        try:
-            yield self._tell(Accepted())
-            outputs = yield from self._run(accepted, stream)
-        except GeneratorExit:  # the caller had enough
-            self._tell(Done([]))
-            raise
-        except BaseException:
-            self.close(force=True, why="an earlier call failed")
-            raise
-        yield self._tell(Done(outputs))
+        with self._shut_on_failure():
+            if self._workers is not None:
+                self._workers.wake()
+            try:
+                accepted = accept(prompts(), params, self.tokenizer, self._engine.limits)
+            except Exception as error:
+                yield self._tell(Done([], refusal(error)))
+                return
+            try:
+                yield self._tell(Accepted())
+                outputs = yield from self._run(accepted, stream)
+            except GeneratorExit:  # the caller had enough
+                self._tell(Done([]))
+                raise
+            yield self._tell(Done(outputs))
 
     def _run(self, accepted: list[Prompt], stream: bool) -> Generator[Message, None, list[RequestOutput]]:
         steps = self._engine.run(accepted)
@@ -132,24 +145,38 @@ class LLM:
         """Every other rank's side of a call: what rank 0 sends."""
         messages = follow(self._runner, self._ranks)
         message: Message = Accepted()
-        try:
-            for message in messages:
-                if isinstance(message, Done):
-                    break
-                yield message
-        except GeneratorExit:  # the caller had enough, on every rank
-            while not isinstance(next(messages), Done):
-                pass
+        with self._shut_on_failure():
+            try:
+                while not isinstance(message, Done):
+                    message = self._hear(messages)
+                    yield message
+            except GeneratorExit:  # the caller had enough, on every rank
+                while not isinstance(message, Done):
+                    message = self._hear(messages)
+                raise
+
+    def _hear(self, messages: Iterator[Message]) -> Message:
+        message = next(messages)
+        if isinstance(message, Done):
             self._finish_trace()
+        return message
+
+    @contextlib.contextmanager
+    def _shut_on_failure(self) -> Iterator[None]:
+        """A call that breaks off leaves the ranks out of step: nothing more can be done with them."""
+        try:
+            yield
+        except GeneratorExit:
             raise
-        except BaseException:
-            self.close(force=True, why="an earlier call failed")
-            raise
-        self._finish_trace()
-        assert isinstance(message, Done)
-        if message.error is not None:
-            raise message.error
-        yield message
+        except BaseException as error:
+            lost = self._describe_loss() if is_lost_peer(error) else None
+            self._shut("an earlier call failed", force=True)
+            if lost is None:
+                raise
+            raise PeerError(f"another rank was lost in a call: {lost}; make a new LLM") from error
+
+    def _describe_loss(self) -> str:
+        return "its output says why" if self._workers is None else self._workers.ended()
 
     # -- the timeline ----------------------------------------------------------------------------------------------
 
@@ -174,30 +201,29 @@ class LLM:
 
     # -- closing ---------------------------------------------------------------------------------------------------
 
-    def close(self, force: bool = False, why: str = "it was closed") -> None:
+    def close(self) -> None:
         """Free the model, the cache, the process groups, and the ranks that this object started."""
+        with contextlib.suppress(PeerError):  # a streamed call ends here, or finds that its ranks have
+            self._call.close()
+        self._shut("it was closed")
+
+    def _shut(self, why: str, force: bool = False) -> None:
+        """force: the ranks are not between calls. Those that this object started are then ended first, so that what
+        this rank still waits for fails at once."""
         if self._closed is not None:
             return
-        if not force:
-            self._call.close()
         self._closed = why
-        if force and self._workers is not None:
+        if self._workers is not None and force:
             self._workers.stop(force=True)
-        self._rank.close()
-        self._end_workers()
-        torch.set_num_threads(self._threads)
-        for name in ("_engine", "_runner", "_rank", "_call"):
-            self.__dict__.pop(name, None)
-
-    def _end_workers(self, force: bool = False) -> None:
+        if self._rank is not None:
+            self._rank.close()
         if self._workers is not None:
-            self._workers.stop(force)
-            self._workers = None
+            self._workers.stop()
             leave_default_group()
-
-    def _check_open(self) -> None:
-        if self._closed is not None:
-            raise RuntimeError(f"this LLM cannot be used any more: {self._closed}; make a new one")
+        torch.set_num_threads(self._threads)
+        self._workers, self._rank = None, None
+        for name in ("_engine", "_runner"):
+            self.__dict__.pop(name, None)
 
     def __enter__(self) -> LLM:
         return self
@@ -217,3 +243,10 @@ def streamed(call: Call) -> Iterator[RequestOutput]:
 def no_call() -> Call:
     """A call that is over."""
     yield from ()
+
+
+def refusal(error: Exception) -> Exception:
+    """What every rank raises for a request that rank 0 refuses."""
+    if type(error) in (ValueError, TypeError):
+        return error
+    return ValueError(f"the request cannot be used: {type(error).__name__}: {error}")

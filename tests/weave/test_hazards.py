@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,26 @@ def test_a_partial_written_while_it_is_summed():
     (hazard,) = hazards_of(polite(0), rude(1))
     assert "aten.sum.default on the comm lane (sum of half 0 at sum) reads bytes 0-16" in hazard
     assert "aten.add_.Tensor on the compute lane (start of the step) writes bytes 0-16" in hazard
+
+
+def test_jobs_that_are_alike_are_not_taken_for_one_another():
+    partial, first = torch.zeros(4), threading.Event()
+    recorder = HazardRecorder()
+    lane = ThreadLane(30.0, (recorder,))
+
+    def read() -> torch.Tensor:
+        first.wait(30)
+        return partial.sum()
+
+    with recorder:
+        early = lane.submit(read)
+        partial.add_(1.0)
+        late = lane.submit(read)
+        first.set()
+        early.wait(), late.wait()
+    lane.close()
+    (hazard,) = recorder.check()
+    assert {hazard.first.op, hazard.second.op} == {"aten.sum.default", "aten.add_.Tensor"}
 
 
 def test_neighbours_are_no_conflict():

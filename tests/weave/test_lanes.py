@@ -202,6 +202,18 @@ def test_thread_observers_of_a_job_that_fails(thread_lane):
     assert sorted(watcher.hooks(0)) == sorted(["submitted", "started", "finished", "waiting", "waited"])
 
 
+@pytest.mark.parametrize("hook", ["started", "finished"])
+def test_thread_observers_that_fail_do_not_end_the_lane(thread_lane, hook):
+    """Else whoever waits would learn of it by a timeout that blames a peer."""
+    watcher = Watcher()
+    setattr(watcher, hook, lambda job: fail())
+    lane = thread_lane(watcher)
+    with pytest.raises(OSError, match="lost a peer"):
+        lane.submit(lambda: 7).wait()
+    setattr(watcher, hook, lambda job: None)
+    assert lane.submit(lambda: 7).wait() == 7
+
+
 def test_thread_close_ends_what_was_submitted():
     lane, ran = ThreadLane(timeout_s=30), []
     pendings = [lane.submit(lambda number=number: ran.append(number)) for number in range(5)]

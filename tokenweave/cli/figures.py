@@ -46,7 +46,7 @@ class Run:
     """All that can be said of one run. woven: (steps in two halves, all steps); overlap and woven need a trace."""
 
     config: EngineConfig
-    ranks: int
+    world_size: int
     device: str
     prompts: list[str]
     outputs: list[RequestOutput]
@@ -57,7 +57,7 @@ class Run:
     @property
     def no_overlap(self) -> str | None:
         """Why there are no figures of hidden communication; None if there are."""
-        if self.ranks == 1:
+        if self.world_size == 1:
             asked = self.config.overlap == "weave"
             return "none: one rank has nothing to communicate" + (", so --overlap weave hid nothing" if asked else "")
         if self.overlap is None:

@@ -20,10 +20,8 @@ from tokenweave.cli.options import chosen
 from tokenweave.cli.parser import Parser, UsageError
 from tokenweave.cli.printers import Printer, pick_printer
 from tokenweave.cli.prompts import on_every_rank, read_prompts
-from tokenweave.comm.group import environment_world_size
 from tokenweave.comm.link import Link
 from tokenweave.config import EngineConfig
-from tokenweave.engine.rank import pick_device
 from tokenweave.llm import LLM
 from tokenweave.outputs import RequestOutput
 from tokenweave.sampling_params import SamplingParams
@@ -38,15 +36,14 @@ def parser() -> Parser:
 def run(options: argparse.Namespace, out: TextIO) -> None:
     """Everything that can be checked is checked before the model is loaded. `out` gets what the user is to see."""
     quieten()
-    config, params = engine_config(options), SamplingParams(**chosen(options, SAMPLING))
+    config, params = engine_config(options), sampling_params(options)
     prompts = on_every_rank(lambda: prompts_of(options), config.timeout_s)
     printer = pick_printer(out, prompts, params.n, json=options.json, stream=options.stream)
     with LLM(**vars(config)) as llm:
         outputs = complete(llm, prompts, params, options.chat, printer)
+        world_size, device = llm._ranks.world_size, llm._ranks.device.type
         overlap, woven = llm.overlap_summary(), count_woven(llm.spans)
-    ranks = config.tensor_parallel_size or environment_world_size()
-    device = pick_device(config.device).type
-    printer.finish(Run(config, ranks, device, prompts, outputs, figures(outputs), overlap, woven))
+    printer.finish(Run(config, world_size, device, prompts, outputs, figures(outputs), overlap, woven))
 
 
 def prompts_of(options: argparse.Namespace) -> list[str]:
@@ -80,6 +77,11 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
     fields["progress"] = options.progress and sys.stderr.isatty()
     check_trace(options.trace)
     return EngineConfig(model=options.model, link=link(options), **fields)
+
+
+def sampling_params(options: argparse.Namespace) -> SamplingParams:
+    """Raises ValueError for what cannot be."""
+    return SamplingParams(**chosen(options, SAMPLING))
 
 
 def link(options: argparse.Namespace) -> Link | None:

@@ -67,13 +67,17 @@ class StreamPrinter(Printer):
 
     streams = True
 
-    def __init__(self, out: TextIO, prompts: int, completions: int):
+    def __init__(self, out: TextIO, prompts: list[str], completions: int):
         super().__init__(out)
         self.prompts = prompts
         self.completions = completions
         self._pieces = Pieces()
+        self._begun: set[int] = set()
 
     def update(self, index: int, output: RequestOutput) -> None:
+        if index not in self._begun and not self._raw:
+            self.write(prefixed(f"[{index}]", self._quote(self.prompts[index])))
+        self._begun.add(index)
         for piece in self._pieces.take(index, output):
             self.write(self._show(piece))
 
@@ -82,13 +86,18 @@ class StreamPrinter(Printer):
 
     @property
     def _raw(self) -> bool:
-        return self.prompts == self.completions == 1
+        return len(self.prompts) == self.completions == 1
 
     def _show(self, piece: Piece) -> str:
         if self._raw:
             return piece.text
         index = f"[{piece.prompt}]" if self.completions == 1 else f"[{piece.prompt}.{piece.completion}]"
-        return "".join(f"{index} {line}\n" for line in piece.text.splitlines())
+        return prefixed(index, piece.text)
+
+
+def prefixed(prefix: str, text: str) -> str:
+    """Each line of `text` with `prefix` before it."""
+    return "".join(f"{prefix} {line}\n" for line in text.splitlines())
 
 
 class JsonPrinter(Printer):
@@ -128,4 +137,4 @@ class Pieces:
 def pick_printer(out: TextIO, prompts: list[str], completions: int, *, json: bool, stream: bool) -> Printer:
     if json:
         return JsonPrinter(out, stream)
-    return StreamPrinter(out, len(prompts), completions) if stream else Printer(out)
+    return StreamPrinter(out, prompts, completions) if stream else Printer(out)

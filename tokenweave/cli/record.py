@@ -17,7 +17,7 @@ def record(run: Run) -> dict[str, Any]:
     trace = None if config.trace is None else Path(config.trace)
     return {
         "model": config.model,
-        "ranks": run.ranks,
+        "world_size": run.world_size,
         "device": run.device,
         "overlap": config.overlap,
         "simulated_link": None if config.link is None else asdict(config.link),

@@ -32,11 +32,11 @@ def of_tokens(run: Run) -> Iterator[Row]:
 
 
 def of_ranks(run: Run) -> Iterator[Row]:
-    yield "ranks", f"{run.ranks} on {run.device}, --overlap {run.config.overlap}"
+    yield "ranks", f"{run.world_size} on {run.device}, --overlap {run.config.overlap}"
     if run.config.link is not None:
         gbit_per_s = run.config.link.bandwidth_bytes_per_s * 8 / 1e9
         speed = f"{gbit_per_s:g} Gbit/s, {run.config.link.latency_s * 1e6:g} us"
-        effect = "not used by one rank" if run.ranks == 1 else "all times here are those of a simulation"
+        effect = "not used by one rank" if run.world_size == 1 else "all times here are those of a simulation"
         yield "simulated link", f"{speed}: {effect}"
 
 

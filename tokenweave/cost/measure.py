@@ -8,7 +8,7 @@ from typing import Any
 from tokenweave.weave.plan import StepTimes, plan_step
 
 ROW_COUNTS = (1, 16, 128, 512)
-BUDGET_S = 0.5  # larger row counts are left out once a step takes longer than this
+BUDGET_S = 0.5  # row counts whose step would take longer are left out
 REPEATS = 3
 
 
@@ -19,12 +19,19 @@ def measure_step_times(runner: Any) -> StepTimes:
     """
     seconds: dict[str, dict[int, float]] = {"off": {}, "fused": {}, "weave": {}}
     for rows in fitting(runner):
+        if too_long(seconds["off"], rows):
+            break
         for mode in seconds:
             seconds[mode][rows] = min(time_step(runner, mode, rows) for _ in range(REPEATS))
         seconds = runner.ranks.gather(seconds)[0]
-        if seconds["off"][rows] > BUDGET_S:
-            break
+    if runner.recorder is not None:
+        runner.recorder.clear()  # a timeline is of what the user asked for
     return StepTimes(seconds)
+
+
+def too_long(seconds: dict[int, float], rows: int) -> bool:
+    """Whether a step of `rows` rows would, by the largest one timed so far, take longer than BUDGET_S."""
+    return bool(seconds) and seconds[max(seconds)] * rows / max(seconds) > BUDGET_S
 
 
 def fitting(runner: Any) -> list[int]:

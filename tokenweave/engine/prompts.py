@@ -45,7 +45,7 @@ def as_params(params: Any, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
     if not isinstance(params, list | tuple) or not all(isinstance(one, SamplingParams) for one in params):
-        raise TypeError(f"sampling_params must be a SamplingParams or a list of them, got {params!r}")
+        raise TypeError(f"sampling_params must be a SamplingParams, or a list or tuple of them, got {params!r:.100}")
     if len(params) != count:
         raise ValueError(
             f"there are {count} prompts but {len(params)} sampling_params; pass one for all, or one for each"
@@ -55,6 +55,8 @@ def as_params(params: Any, count: int) -> list[SamplingParams]:
 
 def accept_one(name: str, prompt: Any, params: SamplingParams, tokenizer: Any, limits: Limits) -> Prompt:
     ids = tokenize(name, prompt, tokenizer)
+    if params.stop and tokenizer is None:
+        raise ValueError(f"stop={params.stop!r} needs text, but the model folder has no tokenizer; use stop_token_ids")
     room = limits.max_model_len - len(ids)
     if not ids:
         raise ValueError(f"{name} is empty; expected at least one token; give it some text")
@@ -73,8 +75,8 @@ def accept_one(name: str, prompt: Any, params: SamplingParams, tokenizer: Any, l
     longest = len(ids) + max_tokens - 1  # the last token's keys and values are never needed
     if longest > limits.capacity_tokens:
         raise ValueError(
-            f"{name} needs KV blocks for {longest} tokens ({len(ids)} of prompt, up to {max_tokens} of output), but the "
-            f"cache holds {limits.capacity_tokens}; raise num_kv_blocks or lower max_tokens"
+            f"{name} needs KV blocks for {longest} tokens ({len(ids)} of prompt, up to {max_tokens} of output), but "
+            f"the cache holds {limits.capacity_tokens}; raise num_kv_blocks or lower max_tokens"
         )
     return Prompt(prompt if isinstance(prompt, str) else None, tuple(ids), params, max_tokens)
 
@@ -84,9 +86,14 @@ def tokenize(name: str, prompt: Any, tokenizer: Any) -> Sequence[int]:
         if tokenizer is None:
             raise ValueError(f"{name} is text, but the model folder has no tokenizer; pass token ids")
         return tokenizer.encode(prompt)
-    if isinstance(prompt, list | tuple) and all(is_integer(one) for one in prompt):
-        return [int(one) for one in prompt]
-    raise TypeError(f"{name} must be a str or a list of token ids, got {type(prompt).__name__}")
+    if not isinstance(prompt, list | tuple):
+        raise TypeError(f"{name} must be a str or a list of token ids, got {type(prompt).__name__}")
+    for one in prompt:
+        if not is_integer(one):
+            raise TypeError(
+                f"{name} has a {type(one).__name__} among its token ids; expected an int; convert it with int()"
+            )
+    return prompt
 
 
 def is_integer(value: Any) -> bool:

@@ -136,10 +136,10 @@ class RequestState:
 def start_request(number: int, prompt: Prompt, salt: int, engine_seed: int, vocabulary: Vocabulary) -> RequestState:
     """A request as the engine takes it up. `number` counts the engine's requests, in order of arrival.
 
-    Requests with a seed of their own draw the same tokens whatever their number.
+    Requests with a seed of their own draw the same tokens whatever their number; they are number 0 of that seed.
     """
     params = prompt.params
-    seed, index = (engine_seed, number) if params.seed is None else (params.seed, 0)
+    seed, index = (engine_seed, number + 1) if params.seed is None else (params.seed, 0)
     completions = [
         Completion(i, prompt, Sequence(prompt.token_ids, number, salt), request_key(seed, index, i), vocabulary)
         for i in range(params.n)

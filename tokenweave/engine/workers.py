@@ -15,7 +15,7 @@ from typing import BinaryIO
 import torch
 import torch.distributed as dist
 
-from tokenweave.comm.group import PeerError, Rendezvous, environment_world_size, has_workers
+from tokenweave.comm.group import Rendezvous, environment_world_size, has_workers
 from tokenweave.config import EngineConfig
 
 START_TIMEOUT_S = 180.0  # to import torch, on a cold and busy machine
@@ -43,14 +43,11 @@ class Workers:
             raise
 
     def wake(self) -> None:
-        """Have every worker follow rank 0 until it is told that the call is done. Raises PeerError where one is gone."""
+        """Have every worker follow rank 0 until it is told that the call is done. BrokenPipeError: one has ended."""
         for process in self.processes:
             assert process.stdin is not None
-            try:
-                process.stdin.write(b"\n")
-                process.stdin.flush()
-            except BrokenPipeError as error:
-                raise PeerError(self.ended()) from error
+            process.stdin.write(b"\n")
+            process.stdin.flush()
 
     def ended(self) -> str:
         """Which ranks have ended, in words. Called where one seems to be gone: waits a moment until one is."""
@@ -84,7 +81,7 @@ class Workers:
         local = {
             "LOCAL_RANK": str(rank),
             "LOCAL_WORLD_SIZE": str(self.meeting.world_size),
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # it imports what the caller imports
+            "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),  # it imports what the caller does
             READY_FD: str(write_fd),
         }
         process = subprocess.Popen(

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a job is itself, however like another it is
 class Job:
     """One piece of work for a lane, with the words that timelines and errors describe it by."""
 
@@ -122,15 +122,20 @@ class ThreadPending:
         self._error: BaseException | None = None
 
     def run(self) -> None:
+        try:
+            self._result = self._observed()
+        except BaseException as error:  # it belongs to whoever waits
+            self._error = error
+        self._done.set()
+
+    def _observed(self) -> Any:
         for observer in self.lane.observers:
             observer.started(self.job)
         try:
-            self._result = self.job.run()
-        except BaseException as error:  # it belongs to whoever waits
-            self._error = error
-        for observer in self.lane.observers:
-            observer.finished(self.job)
-        self._done.set()
+            return self.job.run()
+        finally:
+            for observer in self.lane.observers:
+                observer.finished(self.job)
 
     def wait(self) -> Any:
         for observer in self.lane.observers:
@@ -145,7 +150,7 @@ class ThreadPending:
         return self._result
 
     def drain(self) -> None:
-        self._await()
+        self._done.wait(self.lane.timeout_s)
 
     def _await(self) -> None:
         if not self._done.wait(self.lane.timeout_s):

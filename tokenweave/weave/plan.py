@@ -38,6 +38,8 @@ class StepTimes:
             return points[0][1]
         upper = next((i for i in range(1, len(points)) if rows <= points[i][0]), len(points) - 1)
         (x0, y0), (x1, y1) = points[upper - 1], points[upper]
+        if rows > x1:
+            y0 = min(y0, y1)  # more rows in less time is noise: not to be carried on, down to nothing
         return y0 + (rows - x0) * (y1 - y0) / (x1 - x0)
 
 
@@ -61,7 +63,8 @@ def _forced(mode: str, rows: int, reason: str) -> Plan:
 def _auto(rows: int, times: StepTimes | None) -> Plan:
     if times is None:
         return _forced("off", rows, "one rank: nothing to hide")
-    predicted = {mode: times.predict(mode, rows) for mode in ("off", "fused", "weave")}
+    modes = ("off", "fused", "weave") if rows >= 2 else ("off", "fused")
+    predicted = {mode: times.predict(mode, rows) for mode in modes}
     best = min(predicted, key=lambda mode: predicted[mode])
     if predicted[best] > MARGIN * predicted["off"]:
         best = "off"

@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from typing import Any
 
+from tokenweave.weave.lanes import Finished
+
 Strand = Generator[Any, Any, Any]
 
 
@@ -17,10 +19,8 @@ def weave(strands: Sequence[Strand], channels: Sequence[Any]) -> list[Any]:
     If a strand or a sum raises, the other sums in flight are waited for (bounded) and the error goes up.
     """
     results: list[Any] = [None] * len(strands)
-    waiting: deque[tuple[int, Any]] = deque()
+    waiting: deque[tuple[int, Any]] = deque((i, Finished(None)) for i in range(len(strands)))
     try:
-        for i, strand in enumerate(strands):
-            waiting.append((i, next(strand).submit(channels[i])))
         while waiting:
             i, pending = waiting.popleft()
             try:

@@ -1,0 +1,122 @@
+"""Weaving over a simulated link: off, fused and weave for one prefill at W=2, the comm lane paced to a given speed.
+
+The pace is chosen so that communication is about half of a step of "off". Every mode runs twice: with gloo really
+sending the bytes and then sleeping until the simulated wire would be done, and with a wire that only sleeps and sends
+nothing (results are wrong by design). The second shows what gloo's own CPU time costs on cores that are already full.
+Usage: torchrun --nproc-per-node 2 -m perf.paced [--shape ...] [--tokens N] [--rounds N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from perf.shapes import SHAPES, model_folder, prompt
+from perf.timing import interleaved
+from tokenweave.comm.link import Link, PacedTransport
+from tokenweave.comm.transport import ring_all_reduce_bytes
+from tokenweave.config import EngineConfig
+from tokenweave.engine.batch import Batch, Span
+from tokenweave.engine.rank import Rank, open_rank
+from tokenweave.weave.plan import plan_step
+
+MODES = ("off", "fused", "weave")
+
+
+class SilentTransport:
+    """Says what it would send, and sends nothing."""
+
+    def __init__(self, rank: int, world_size: int):
+        self.rank = rank
+        self.world_size = world_size
+
+    def all_reduce(self, total: Tensor) -> int:
+        return ring_all_reduce_bytes(total, self.world_size)
+
+    def reduce_scatter(self, partial: Tensor, owners: list[range], out: Tensor) -> int:
+        mine = owners[self.rank]
+        out.copy_(partial[mine.start : mine.stop])
+        return partial.nbytes * (self.world_size - 1) // self.world_size
+
+    def all_gather_rows(self, rows: Tensor, owners: list[range]) -> int:
+        return rows.nbytes * (self.world_size - 1) // self.world_size
+
+    def all_gather_columns(self, part: Tensor, outs: list[Tensor]) -> int:
+        for out in outs:
+            out.zero_()
+        return part.nbytes * (self.world_size - 1)
+
+
+def measure(rank: Rank, tokens: int, rounds: int) -> dict[str, Any]:
+    """Seconds by wire and mode, and the link they were taken on."""
+    runner = rank.runner
+    gloo = runner.communicator.transport
+    silent = SilentTransport(rank.ranks.rank, rank.ranks.world_size)
+    batch = prefill(rank, tokens)
+
+    def step(transport: Any, mode: str) -> None:
+        runner.communicator.transport = transport
+        runner.forward(batch, plan_step(mode, batch.rows, None))
+
+    compute_s = statistics.median(interleaved({"compute": lambda: step(silent, "off")}, rounds)["compute"])
+    sums = 2 * runner.spec.num_layers  # the last MLP's sum is of one row
+    sum_bytes = tokens * runner.spec.hidden_size * runner.dtype.itemsize
+    link = Link(bandwidth_bytes_per_s=rank.ranks.gather(sums * sum_bytes / compute_s)[0])
+    wires = {"sends": PacedTransport(gloo, link), "sleeps": PacedTransport(silent, link)}
+    contestants = {f"{wire} {mode}": (lambda w=wire, m=mode: step(wires[w], m)) for wire in wires for mode in MODES}
+    contestants["compute"] = lambda: step(silent, "off")
+    seconds = interleaved(contestants, rounds)
+    return {"link_gbit_per_s": link.bandwidth_bytes_per_s * 8e-9, "seconds": seconds}
+
+
+def prefill(rank: Rank, tokens: int) -> Batch:
+    blocks = tuple(range(-(-tokens // rank.runner.config.block_size)))
+    return Batch((Span(tuple(prompt(tokens)), 0, blocks, prompt_len=tokens, wanted=1),))
+
+
+def table(result: dict[str, Any], tokens: int, shape: str) -> str:
+    """Ratios are medians over rounds of (mode / off in the same round)."""
+    seconds = result["seconds"]
+    lines = [
+        f"{shape}, prefill of {tokens} tokens, W=2, simulated link of {result['link_gbit_per_s']:.2f} Gbit/s, "
+        f"compute alone {statistics.median(seconds['compute']):.3f} s",
+        "",
+        "| wire (simulated) | mode | median, s | of off | spread |",
+        "|---|---|---|---|---|",
+    ]
+    for wire, words in (("sends", "sends, then sleeps"), ("sleeps", "sleeps only")):
+        for mode in MODES:
+            mine, off = seconds[f"{wire} {mode}"], seconds[f"{wire} off"]
+            ratios = [a / b for a, b in zip(mine, off, strict=True)]
+            spread = f"{min(ratios):.3f}-{max(ratios):.3f}"
+            lines.append(
+                f"| {words} | {mode} | {statistics.median(mine):.3f} | {statistics.median(ratios):.3f} | {spread} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-512x8")
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    options = parser.parse_args()
+    folder = model_folder(options.shape)
+    rank = open_rank(EngineConfig(str(folder), overlap="off", progress=False, num_kv_blocks=256))
+    result = measure(rank, options.tokens, options.rounds)
+    rank.close()
+    if int(os.environ["RANK"]) == 0:
+        print(table(result, options.tokens, options.shape))
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
