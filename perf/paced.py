@@ -1,8 +1,9 @@
-"""Weaving over a simulated link: off, fused and weave for one prefill at W=2, the comm lane paced to a given speed.
+"""Weaving over a simulated link: every mode for one prefill at W=2, the comm lane paced to a given speed.
 
-The pace is chosen so that communication is about half of a step of "off". Every mode runs twice: with gloo really
-sending the bytes and then sleeping until the simulated wire would be done, and with a wire that only sleeps and sends
-nothing (results are wrong by design). The second shows what gloo's own CPU time costs on cores that are already full.
+The pace is chosen so that communication is about half of a step of "off". Every mode runs on three wires: gloo really
+sends the bytes and then sleeps until the simulated wire would be done; a wire that only sleeps and sends nothing
+(results are wrong by design), which shows what gloo's own CPU time costs on cores that are already full; and loopback
+as it is, where on full cores nothing can be gained, and "auto" must not lose.
 Usage: torchrun --nproc-per-node 2 -m perf.paced [--shape ...] [--tokens N] [--rounds N]
 """
 
@@ -12,6 +13,8 @@ import argparse
 import json
 import os
 import statistics
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,17 @@ from perf.timing import interleaved
 from tokenweave.comm.link import Link, PacedTransport
 from tokenweave.comm.transport import ring_all_reduce_bytes
 from tokenweave.config import EngineConfig
+from tokenweave.cost.measure import measure_step_times
 from tokenweave.engine.batch import Batch, Span
 from tokenweave.engine.rank import Rank, open_rank
-from tokenweave.weave.plan import plan_step
+from tokenweave.weave.plan import StepTimes, plan_step
 
-MODES = ("off", "fused", "weave")
+MODES = ("off", "fused", "weave", "auto")
+WIRES = {
+    "sends": "simulated link: sends, then sleeps",
+    "sleeps": "simulated link: sleeps only",
+    "loopback": "loopback as it is",
+}
 
 
 class SilentTransport:
@@ -55,24 +64,25 @@ class SilentTransport:
 
 def measure(rank: Rank, tokens: int, rounds: int) -> dict[str, Any]:
     """Seconds by wire and mode, and the link they were taken on."""
-    runner = rank.runner
-    gloo = runner.communicator.transport
-    silent = SilentTransport(rank.ranks.rank, rank.ranks.world_size)
+    communicator, spec = rank.runner.communicator, rank.runner.spec
+    gloo, silent = communicator.transport, SilentTransport(rank.ranks.rank, rank.ranks.world_size)
     batch = prefill(rank, tokens)
 
-    def step(transport: Any, mode: str) -> None:
-        runner.communicator.transport = transport
-        runner.forward(batch, plan_step(mode, batch.rows, None))
+    def step(transport: Any, mode: str, times: StepTimes | None = None) -> None:
+        communicator.transport = transport
+        rank.runner.forward(batch, plan_step(mode, batch.rows, times))
 
     compute_s = statistics.median(interleaved({"compute": lambda: step(silent, "off")}, rounds)["compute"])
-    sums = 2 * runner.spec.num_layers  # the last MLP's sum is of one row
-    sum_bytes = tokens * runner.spec.hidden_size * runner.dtype.itemsize
+    sums = 2 * spec.num_layers  # the last MLP's sum is of one row
+    sum_bytes = tokens * spec.hidden_size * rank.runner.dtype.itemsize
     link = Link(bandwidth_bytes_per_s=rank.ranks.gather(sums * sum_bytes / compute_s)[0])
-    wires = {"sends": PacedTransport(gloo, link), "sleeps": PacedTransport(silent, link)}
-    contestants = {f"{wire} {mode}": (lambda w=wire, m=mode: step(wires[w], m)) for wire in wires for mode in MODES}
-    contestants["compute"] = lambda: step(silent, "off")
-    seconds = interleaved(contestants, rounds)
-    return {"link_gbit_per_s": link.bandwidth_bytes_per_s * 8e-9, "seconds": seconds}
+    wires = {"sends": PacedTransport(gloo, link), "sleeps": PacedTransport(silent, link), "loopback": gloo}
+    contestants: dict[str, Callable[[], None]] = {"compute": partial(step, silent, "off")}
+    for wire, transport in wires.items():
+        communicator.transport = transport
+        times = measure_step_times(rank.runner)  # what "auto" decides by, as when an LLM starts
+        contestants |= {f"{wire} {mode}": partial(step, transport, mode, times) for mode in MODES}
+    return {"link_gbit_per_s": link.bandwidth_bytes_per_s * 8e-9, "seconds": interleaved(contestants, rounds)}
 
 
 def prefill(rank: Rank, tokens: int) -> Batch:
@@ -87,10 +97,10 @@ def table(result: dict[str, Any], tokens: int, shape: str) -> str:
         f"{shape}, prefill of {tokens} tokens, W=2, simulated link of {result['link_gbit_per_s']:.2f} Gbit/s, "
         f"compute alone {statistics.median(seconds['compute']):.3f} s",
         "",
-        "| wire (simulated) | mode | median, s | of off | spread |",
+        "| wire | mode | median, s | of off | spread |",
         "|---|---|---|---|---|",
     ]
-    for wire, words in (("sends", "sends, then sleeps"), ("sleeps", "sleeps only")):
+    for wire, words in WIRES.items():
         for mode in MODES:
             mine, off = seconds[f"{wire} {mode}"], seconds[f"{wire} off"]
             ratios = [a / b for a, b in zip(mine, off, strict=True)]

@@ -23,6 +23,7 @@ BAD = [
     ({"tensor_parallel_size": 0}, "tensor_parallel_size must be a whole number >= 1, got 0"),
     ({"timeout_s": 0}, "timeout_s must be > 0 seconds, got 0"),
     ({"timeout_s": float("nan")}, "timeout_s must be > 0 seconds, got nan"),
+    ({"trace": "x.png"}, "trace must name a .json file (its picture is written beside it as .png), got 'x.png'"),
     ({"link": 3}, "link must be a tokenweave.comm.link.Link or None, got 3"),
 ]
 # What the issue promises.

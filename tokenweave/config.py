@@ -47,6 +47,10 @@ class EngineConfig:
                 whole_number(name, getattr(self, name))
         if not self.timeout_s > 0:
             raise ValueError(f"timeout_s must be > 0 seconds, got {self.timeout_s!r}")
+        if self.trace is not None and not self.trace.endswith(".json"):
+            raise ValueError(
+                f"trace must name a .json file (its picture is written beside it as .png), got {self.trace!r}"
+            )
         if self.link is not None and not isinstance(self.link, Link):
             raise ValueError(f"link must be a tokenweave.comm.link.Link or None, got {self.link!r}")
 

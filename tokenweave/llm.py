@@ -222,7 +222,7 @@ class LLM:
             leave_default_group()
         torch.set_num_threads(self._threads)
         self._workers, self._rank = None, None
-        for name in ("_engine", "_runner"):
+        for name in ("_engine", "_runner", "_ranks"):
             self.__dict__.pop(name, None)
 
     def __enter__(self) -> LLM:

@@ -78,9 +78,9 @@ def test_one_set_of_parameters_for_all_or_one_for_each(tokenizer):
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 BAD_PROMPTS = [
-    ("", ValueError, "prompt 0 is empty; expected at least one token; give it some text"),
+    ("", ValueError, "prompt 0 is empty; expected at least one character; give it some text"),
     ([""], ValueError, "prompt 0 is empty"),
-    ([[]], ValueError, "prompt 0 is empty"),
+    ([[]], ValueError, "prompt 0 is empty; expected at least one token; give it some text"),
     (["a", ""], ValueError, "prompt 1 is empty"),
     ([], ValueError, "prompts is empty; pass at least one prompt"),
     ((), ValueError, "prompts is empty"),

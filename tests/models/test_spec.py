@@ -93,13 +93,13 @@ EXPECTED_EXPERTS = {
 }
 
 
-def spec_of(name: str, folder) -> DecoderSpec:
+def spec_of(folder) -> DecoderSpec:
     return read_spec(folder, read_config(folder))
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_each_entry_of_the_registry(name, checkpoint):
-    spec = spec_of(name, checkpoint(name))
+    spec = spec_of(checkpoint(name))
     expected = BASE | EXPECTED[name]
     if name in EXPECTED_EXPERTS:
         experts = [spec.experts_of(i) for i in range(spec.num_layers)]
@@ -145,7 +145,7 @@ def edited(checkpoint, tmp_path):
 
 def said_in_one_line(folder, kind=ValueError) -> str:
     with pytest.raises(kind) as caught:
-        spec_of("", folder)
+        spec_of(folder)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -166,7 +166,9 @@ def test_an_architecture_with_a_typing_error(edited):
 
 @pytest.mark.parametrize("architectures", [None, []])
 def test_no_architecture_at_all(architectures, edited):
-    assert f"asks for the architecture (none given); {SUPPORTED}" in said_in_one_line(edited(architectures=architectures))
+    assert f"asks for the architecture (none given); {SUPPORTED}" in said_in_one_line(
+        edited(architectures=architectures)
+    )
 
 
 def test_a_model_type_that_transformers_does_not_know(edited):
@@ -192,7 +194,7 @@ def test_a_folder_without_config(tmp_path):
 
 
 def heads(checkpoint, num_heads: int, num_kv_heads: int) -> DecoderSpec:
-    return replace(spec_of("llama", checkpoint("llama")), num_heads=num_heads, num_kv_heads=num_kv_heads)
+    return replace(spec_of(checkpoint("llama")), num_heads=num_heads, num_kv_heads=num_kv_heads)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +220,13 @@ def test_which_world_sizes_fit(num_heads, num_kv_heads, fitting, checkpoint):
 
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "world_size", "fitting"),
-    [(8, 4, 3, "1, 2, 4, 8"), (6, 3, 2, "1, 3, 6"), (8, 4, 16, "1, 2, 4, 8"), (28, 4, 8, "1, 2, 4, 28"), (1, 1, 2, "1")],
+    [
+        (8, 4, 3, "1, 2, 4, 8"),
+        (6, 3, 2, "1, 3, 6"),
+        (8, 4, 16, "1, 2, 4, 8"),
+        (28, 4, 8, "1, 2, 4, 28"),
+        (1, 1, 2, "1"),
+    ],
 )
 def test_the_error_names_the_counts_and_what_fits(num_heads, num_kv_heads, world_size, fitting, checkpoint):
     with pytest.raises(ValueError) as caught:  # noqa: PT011  (the message is compared below)
@@ -236,7 +244,9 @@ def test_a_model_is_not_built_for_a_world_size_that_it_cannot_take(checkpoint):
         Decoder(read_spec(checkpoint("llama"), config), config, 64, place)
 
 
-@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(8, 8), (8, 4), (8, 2), (8, 1), (6, 3), (6, 2), (12, 4), (24, 8)])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads"), [(8, 8), (8, 4), (8, 2), (8, 1), (6, 3), (6, 2), (12, 4), (24, 8)]
+)
 def test_each_ranks_heads_read_the_key_value_heads_that_it_holds(num_heads, num_kv_heads, checkpoint):
     """As many query heads to each of them on every rank: what grouped attention takes for granted."""
     spec = heads(checkpoint, num_heads, num_kv_heads)
@@ -249,19 +259,25 @@ def test_each_ranks_heads_read_the_key_value_heads_that_it_holds(num_heads, num_
             assert needed == [kv_head for kv_head in held for _ in range(group)]
 
 
+def copies(weight: str, spec: DecoderSpec, world_size: int) -> int:
+    """How many ranks hold each element of a weight."""
+    by_kv_head = ("k_proj", "v_proj", "k_norm") if spec.qk_norm == "all" else ("k_proj", "v_proj")
+    if any(name in weight for name in by_kv_head):
+        return max(1, world_size // spec.num_kv_heads)
+    by_head = "q_norm" in weight and spec.qk_norm == "all"
+    return world_size if ("norm" in weight and not by_head) or weight.endswith("mlp.gate.weight") else 1
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gemma2", "olmo2"])
-def test_every_weight_is_held_by_its_share_of_ranks(name, world_size, checkpoint):
-    """All ranks together hold what the model has: each weight once, or (norms, biases, routers, copies) on every rank."""
+def test_ranks_share_the_weights_out(name, world_size, checkpoint):
     config = read_config(checkpoint(name))
     spec = read_spec(checkpoint(name), config)
-    elements = []
-    for rank in range(world_size):
-        model = Decoder(spec, config, 64, Place(rank, world_size, torch.float32, torch.device("cpu")))
-        elements.append({load.name: load.into.numel() for load in model.loads()})
-    whole = Decoder(spec, config, 64, Place(0, 1, torch.float32, torch.device("cpu")))
-    for load in whole.loads():
-        held = [of_rank[load.name] for of_rank in elements]
-        # The head counts of these models divide by every W here, but for 4 KV heads (2 of OLMo 2) on more ranks.
-        copies = max(1, world_size // spec.num_kv_heads) if ".k_proj" in load.name or ".v_proj" in load.name else 1
-        assert sum(held) == copies * load.into.numel() or held == [load.into.numel()] * world_size or ".k_norm" in load.name
+
+    def sizes(place: Place) -> dict[str, int]:
+        return {load.name: load.into.numel() for load in Decoder(spec, config, 64, place).loads()}
+
+    cpu = torch.device("cpu")
+    held = [sizes(Place(rank, world_size, torch.float32, cpu)) for rank in range(world_size)]
+    for weight, size in sizes(Place(0, 1, torch.float32, cpu)).items():
+        assert sum(of_rank[weight] for of_rank in held) == copies(weight, spec, world_size) * size, weight

@@ -56,6 +56,14 @@ def shared_buffers(runner: Runner) -> Iterator[None]:
 
 
 @contextmanager
+def shared_partials(runner: Runner) -> Iterator[None]:
+    """Both halves write their partials into the same memory."""
+    one, other = halves(runner)
+    with patch.object(other, "partial", one.partial):
+        yield
+
+
+@contextmanager
 def hidden_is_partial(runner: Runner) -> Iterator[None]:
     """Each half gets its hidden where it is to write its next partial."""
     buffers = halves(runner)

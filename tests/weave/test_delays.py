@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.checkpoints import prompt_batch
-from tests.weave.faults import shared_buffers
+from tests.weave.faults import shared_partials
 from tests.weave.steps import SCENES, play, scene_runner
 from tokenweave import LLM, SamplingParams
 from tokenweave.engine.runner import Runner
@@ -139,12 +139,12 @@ def test_tokens_under_any_schedule(ranks, checkpoint):
 
 
 def faulty_logits(folder: Path) -> list[bool]:
-    """On a rank: whether logits stay equal with shared buffers, on the earliest and on the latest schedule."""
+    """On a rank: whether logits stay equal when partials share a buffer, on the earliest and on the latest schedule."""
     with scene_runner(folder) as runner:
         (expected,) = play(runner, SCENES["prefill"], "reference")
         equal = []
         for in_force in (earliest(), observed(runner, Latest())):
-            with in_force, shared_buffers(runner):
+            with in_force, shared_partials(runner):
                 (logits,) = play(runner, SCENES["prefill"], "reference")
             equal.append(torch.equal(logits, expected))
     return equal

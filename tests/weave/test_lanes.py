@@ -149,18 +149,25 @@ def test_thread_drain_lets_a_job_end_and_swallows_its_error(thread_lane):
     assert ended == [True]
 
 
-@pytest.mark.parametrize("how", ["wait", "drain"])
-def test_thread_waits_are_bounded(thread_lane, how):
+def test_a_thread_wait_is_bounded_and_says_for_what(thread_lane):
     go = threading.Event()
     pending = thread_lane(timeout_s=0.05).submit(lambda: go.wait(30), kind="gather", half=1, site="head", rows=12)
     try:
         with pytest.raises(TimeoutError) as raised:
-            getattr(pending, how)()
+            pending.wait()
     finally:
         go.set()
     message = str(raised.value)
     assert all(words in message for words in ("gather", "half 1", "head", "12 rows", "0.05 s", "other ranks"))
     assert "\n" not in message
+
+
+def test_a_thread_drain_is_bounded_and_hides_no_other_error(thread_lane):
+    go = threading.Event()
+    pending = thread_lane(timeout_s=0.05).submit(lambda: go.wait(30))
+    pending.drain()
+    assert not pending._done.is_set()
+    go.set()
 
 
 def test_thread_keeps_the_partial_until_it_is_waited_for(thread_lane):

@@ -26,11 +26,13 @@ class Hidden:
 
 
 class Buffers:
-    """What one half communicates through: a partial-in and a hidden-out buffer that never alias, kept between steps."""
+    """What one half communicates through, kept between steps: a partial-in and a hidden-out buffer that never alias,
+    and the fp32 total of a rank's shard."""
 
-    def __init__(self, max_rows: int, hidden_size: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, max_rows: int, hidden_size: int, world_size: int, dtype: torch.dtype, device: torch.device):
         self.partial = torch.empty(max_rows, hidden_size, dtype=dtype, device=device)
         self.hidden = torch.empty(max_rows, hidden_size, dtype=dtype, device=device)
+        self.total = torch.empty(-(-max_rows // world_size), hidden_size, dtype=torch.float32, device=device)
 
 
 class Channel:
@@ -69,8 +71,8 @@ class Channel:
             total = total.index_select(0, request.rows.index)
             residual = None if residual is None else residual.index_select(0, request.rows.index)
         self.sent_bytes += self.transport.all_reduce(total)
-        self.residual, hidden = finish(total, residual, request)
-        return Hidden(hidden)
+        self.residual = add_up(total, residual, request)
+        return Hidden(normed(self.residual, request.norm, self.buffers.hidden[: len(total)]))
 
     def _gather(self, request: Any) -> Tensor:
         outs = [request.part.new_empty(len(request.part), width) for width in request.widths]
@@ -78,19 +80,23 @@ class Channel:
         return torch.cat(outs, dim=1)
 
 
-def finish(total: Tensor, residual: Tensor | None, request: Any) -> tuple[Tensor, Tensor]:
-    """What follows a sum, on any subset of rows: returns (new residual, hidden), both [rows, hidden].
+def add_up(total: Tensor, residual: Tensor | None, request: Any) -> Tensor:
+    """What follows a sum, on any subset of rows: bias, post_norm, and the residual, which is returned (new or in place).
 
-    total may be wider (fp32) than the residual's dtype; the result is rounded to the partial's dtype.
+    total: [rows, hidden], in the partial's dtype or fp32; it is overwritten. The residual has the partial's dtype.
     """
-    dtype = request.partial.dtype
     if request.bias is not None:
-        total = total + request.bias
+        total.add_(request.bias)
     if request.post_norm is not None:
         total = request.post_norm(total)
-    total = total.clone() if residual is None else total + residual  # the partial's buffer is lent out again
-    residual = total.to(dtype)
-    return residual, request.norm(residual) if request.norm is not None else residual
+    if residual is None:
+        return total.to(request.partial.dtype, copy=True)
+    return residual.add_(total)
+
+
+def normed(residual: Tensor, norm: Any, out: Tensor) -> Tensor:
+    """out = norm(residual), or the residual itself."""
+    return out.copy_(residual) if norm is None else norm(residual, out=out)
 
 
 class ShardedChannel(Channel):
@@ -106,11 +112,11 @@ class ShardedChannel(Channel):
             partial = partial.index_select(0, request.rows.index)
             self._keep(request.rows)
         mine = self.owners[self.rank]
-        total = partial.new_empty(len(mine), partial.shape[1], dtype=torch.float32)
+        total = self.buffers.total[: len(mine)]
         self.sent_bytes += self.transport.reduce_scatter(partial, self.owners, total)
-        self.residual, own = finish(total, self.residual, request)
+        self.residual = add_up(total, self.residual, request)
         out = self.buffers.hidden[: len(partial)]
-        out[mine.start : mine.stop] = own
+        normed(self.residual, request.norm, out[mine.start : mine.stop])
         self.sent_bytes += self.transport.all_gather_rows(out, self.owners)
         return Hidden(out)
 
@@ -145,7 +151,7 @@ class Communicator:
         self.transport = transport
         self.rank = rank
         self._halves: list[Buffers] = []
-        self._make = lambda: Buffers(max_rows, hidden_size, dtype, device)
+        self._make = lambda: Buffers(max_rows, hidden_size, transport.world_size, dtype, device)
 
     def open(self, rows: int, half: int, lane: Any, form: str) -> Channel:
         """The channel of one half of `rows` rows; its sums run on `lane`."""

@@ -159,9 +159,7 @@ def enter_default_group(timeout: timedelta, meeting: Rendezvous | None) -> None:
     else:
         store = dist.TCPStore("127.0.0.1", meeting.port, timeout=timeout)
         excepthook = sys.excepthook
-        dist.init_process_group(
-            "gloo", store=store, rank=meeting.rank, world_size=meeting.world_size, timeout=timeout
-        )
+        dist.init_process_group("gloo", store=store, rank=meeting.rank, world_size=meeting.world_size, timeout=timeout)
         assert dist.group.WORLD is not None
         dist.group.WORLD._set_group_desc(WORKERS)
         sys.excepthook = excepthook  # torch's puts a rank before each line of a traceback, once more for every group

@@ -19,9 +19,13 @@ class Norm:
     offset: float = 0.0
     kind: str = "rms"
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: [..., hidden] of any float dtype; returns the same shape and dtype."""
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x: [..., hidden] of any float dtype; returns the same shape and dtype, written into `out` if given."""
         wide = x.float()
         mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        scaled = wide * torch.rsqrt(mean_square.add_(self.eps))
-        return scaled.mul_(self.weight.float() + self.offset if self.offset else self.weight.float()).to(x.dtype)
+        scale = mean_square.add_(self.eps).rsqrt_()
+        out = torch.empty_like(x) if out is None else out
+        gain = self.weight.float() + self.offset if self.offset else self.weight.float()
+        if out.dtype == torch.float32:
+            return torch.mul(wide, scale, out=out).mul_(gain)
+        return out.copy_((wide * scale).mul_(gain))

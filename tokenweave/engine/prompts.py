@@ -85,6 +85,8 @@ def tokenize(name: str, prompt: Any, tokenizer: Any) -> Sequence[int]:
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ValueError(f"{name} is text, but the model folder has no tokenizer; pass token ids")
+        if not prompt:
+            raise ValueError(f"{name} is empty; expected at least one character; give it some text")
         return tokenizer.encode(prompt)
     if not isinstance(prompt, list | tuple):
         raise TypeError(f"{name} must be a str or a list of token ids, got {type(prompt).__name__}")

@@ -70,11 +70,11 @@ def load(loads: Iterable[Load], checkpoint: Checkpoint, progress: bool = False) 
 
     Everything is found and checked before the first byte is copied. Besides the destinations this takes at most
     CHUNK_BYTES of memory, plus clean pages of one mapped file, which the system takes back when it needs them.
-    progress: show a bar, in bytes of the checkpoint. Raises CheckpointError.
+    progress: show a bar, in bytes of the checkpoint, on a terminal. Raises CheckpointError.
     """
     copies = sorted((_find(wanted, checkpoint) for wanted in loads), key=lambda copy: copy.file)
-    total_bytes = sum(copy.size_bytes for copy in copies)
-    with tqdm(total=total_bytes, desc="loading weights", unit="B", unit_scale=True, disable=not progress) as bar:
+    total_bytes, hidden = sum(copy.size_bytes for copy in copies), None if progress else True
+    with tqdm(total=total_bytes, desc="loading weights", unit="B", unit_scale=True, disable=hidden) as bar:
         for file, group in groupby(copies, key=lambda copy: copy.file):
             with open_shard(file) as shard, torch.no_grad():
                 for piece in (piece for copy in group for piece in _pieces(copy)):

@@ -1,0 +1,105 @@
+"""What `overlap="auto"` decides by is measured on the ranks themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.checkpoints import prompt_batch
+from tokenweave import LLM, SamplingParams
+from tokenweave.cost import measure
+from tokenweave.cost.measure import fitting, measure_step_times
+from tokenweave.weave.plan import StepTimes, plan_step
+
+
+class FakeRunner:
+    """Remembers the steps that are timed; `gather` answers as if rank 0 had measured `theirs`."""
+
+    def __init__(self, blocks: int = 1000, budget: int = 2048, max_model_len: int = 1024, theirs: float | None = None):
+        self.storage = range(blocks)
+        self.config = SimpleNamespace(block_size=16, max_num_batched_tokens=budget)
+        self.max_model_len = max_model_len
+        self.ranks = self
+        self.theirs = theirs
+        self.plans: list = []
+        self.recorder = None
+
+    def gather(self, value):
+        if value is None or self.theirs is None:
+            return [value]
+        return [{mode: dict.fromkeys(times, self.theirs) for mode, times in value.items()}, value]
+
+    def blank_batch(self, rows: int) -> int:
+        return rows
+
+    def forward(self, batch: int, plan) -> None:
+        assert plan.rows == batch
+        self.plans.append(plan)
+
+    def synchronize(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("limits", "rows"),
+    [
+        ({}, [1, 16, 128, 512]),
+        ({"blocks": 1}, [1, 16]),
+        ({"blocks": 31}, [1, 16, 128]),
+        ({"budget": 100}, [1, 16]),
+        ({"max_model_len": 15}, [1]),
+    ],
+)
+def test_only_steps_that_could_happen_are_timed(limits, rows):
+    assert fitting(FakeRunner(**limits)) == rows
+
+
+def test_every_mode_is_timed_at_every_count():
+    runner = FakeRunner()
+    times = measure_step_times(runner)
+    assert list(times.seconds) == ["off", "fused", "weave"]
+    assert all(list(seconds) == [1, 16, 128, 512] for seconds in times.seconds.values())
+    assert {(plan.rows, plan.cut, plan.form) for plan in runner.plans} == {
+        (plan.rows, plan.cut, plan.form)
+        for rows in (1, 16, 128, 512)
+        for plan in (plan_step(mode, rows, None) for mode in ("off", "fused", "weave"))
+    }
+
+
+@pytest.mark.parametrize(("step_s", "rows"), [(0.4 / 16, [1, 16, 128, 512]), (0.6 / 16, [1]), (60.0, [1])])
+def test_steps_that_would_take_long_are_left_out(step_s, rows):
+    """By the largest so far, as if time grew with rows: 16 rows would take 0.4 or 0.6 s."""
+    times = measure_step_times(FakeRunner(theirs=step_s))
+    assert list(times.seconds["off"]) == rows
+
+
+def test_a_timeline_does_not_show_what_was_measured():
+    runner = FakeRunner()
+    cleared: list[bool] = []
+    runner.recorder = SimpleNamespace(clear=lambda: cleared.append(True))
+    measure_step_times(runner)
+    assert cleared == [True]
+
+
+def test_rank_0s_figures_are_everyones(monkeypatch):
+    monkeypatch.setattr(measure, "time_step", lambda runner, mode, rows: 0.25)
+    assert measure_step_times(FakeRunner(theirs=0.125)).predict("weave", 16) == 0.125
+    assert measure_step_times(FakeRunner()).predict("weave", 16) == 0.25
+
+
+def measured(folder: Path) -> tuple[StepTimes | None, list[list[int]]]:
+    """Runs on every rank: what was measured, and what is generated afterwards."""
+    with LLM(folder, progress=False, overlap="auto", num_kv_blocks=20) as llm:
+        outputs = llm.generate(prompt_batch(1, (40, 3)), SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True))
+        return llm._rank.times, [output.outputs[0].token_ids for output in outputs]
+
+
+def test_on_real_ranks(ranks, checkpoint):
+    """And what measuring left in the cache disturbs nobody."""
+    ((alone, tokens),) = ranks(1).run(measured, checkpoint("llama"))
+    assert alone is None
+    (ours, ours_tokens), (theirs, theirs_tokens) = ranks(2).run(measured, checkpoint("llama"))
+    assert ours == theirs
+    assert all(seconds > 0 for times in ours.seconds.values() for seconds in times.values())
+    assert ours_tokens == theirs_tokens == tokens
