@@ -92,7 +92,7 @@ def rows(text):
 
 def test_every_field_has_an_option():
     engine = {option.field for option in (*generate_options.MODEL, *generate_options.ENGINE, *generate_options.OUTPUT)}
-    assert engine | {"model", "link"} == {field.name for field in dataclasses.fields(EngineConfig)}
+    assert engine | {"model", "link", "policy"} == {field.name for field in dataclasses.fields(EngineConfig)}
     sampling = {option.field for option in generate_options.SAMPLING}
     assert sampling == {field.name for field in dataclasses.fields(SamplingParams)}
 
@@ -272,7 +272,7 @@ BAD = {
     "prompt 1 has 6 tokens, which leaves no room": ["--max-model-len", "6", "1+1=", "12345"],
     "--link-latency-us is of a simulated link": ["--link-latency-us", "5"],
     "a link needs bandwidth_bytes_per_s > 0": ["--link-gbit-per-s", "0"],
-    "--trace x.png would be the timeline": ["--trace", "x.png"],
+    "trace must name a .json file": ["--trace", "x.png"],
     "--trace no/x.json cannot be written": ["--trace", "no/x.json"],
 }
 

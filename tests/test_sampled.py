@@ -15,7 +15,7 @@ import torch
 from tests.checkpoints import prompt_batch
 from tests.reference import BOUND, teacher_forced
 from tokenweave import LLM, RequestOutput, SamplingParams
-from tokenweave.engine.scheduler import Policy
+from tokenweave.engine.policy import Policy
 
 NEW_TOKENS = 14
 # The last two begin alike, for the prefix cache.
@@ -59,19 +59,16 @@ class Made:
         return sum(output.metrics.cached_tokens for output in self.outputs)
 
 
-def make(folder: Path, calls: Sequence[Call], options: Mapping[str, Any], policy: Policy | None = None) -> list[Made]:
+def make(folder: Path, calls: Sequence[Call], options: Mapping[str, Any]) -> list[Made]:
     """Runs on every rank: the calls, one after the other, on one LLM whose cache starts as NaN."""
     with LLM(folder, progress=False, **options) as llm:
         llm._runner.storage.fill_(float("nan"))
-        llm._engine.scheduler.policy = policy or Policy()
         return [Made(llm.generate(list(prompts), params)) for prompts, params in calls]
 
 
-def made(
-    ranks, world_size: int, folder: Path, *calls: Call, policy: Policy | None = None, **options: Any
-) -> list[Made]:
+def made(ranks, world_size: int, folder: Path, *calls: Call, **options: Any) -> list[Made]:
     """The same, from the test: rank 0's results, which all ranks must share."""
-    results = ranks(world_size).run(make, folder, calls, {"num_kv_blocks": 64, "block_size": 8} | options, policy)
+    results = ranks(world_size).run(make, folder, calls, {"num_kv_blocks": 64, "block_size": 8} | options)
     for others in results[1:]:
         for one, other in zip(results[0], others, strict=True):
             assert one.outputs == other.outputs

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenweave.comm.link import Link
+from tokenweave.engine.policy import Policy
 from tokenweave.keywords import known_keywords
 
 OVERLAPS = ("auto", "off", "fused", "weave")
@@ -35,6 +36,7 @@ class EngineConfig:
     link: Link | None = None  # simulate a wire of this speed under the comm lane (CPU; tests and perf)
     trace: str | None = None  # write a timeline here, and a picture of it beside
     progress: bool = True  # bars on rank 0, while loading and generating
+    policy: Policy | None = None  # the scheduler's order, budget and preempt functions; None: first come, first served
 
     def __post_init__(self) -> None:
         one_of("overlap", self.overlap, OVERLAPS)
@@ -45,14 +47,26 @@ class EngineConfig:
         for name in ("num_kv_blocks", "max_model_len", "tensor_parallel_size"):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name))
+        for name in ("enable_prefix_caching", "progress"):
+            of_type(name, getattr(self, name), bool)
+        of_type("seed", self.seed, int)
+        of_type("timeout_s", self.timeout_s, int, float)
         if not self.timeout_s > 0:
             raise ValueError(f"timeout_s must be > 0 seconds, got {self.timeout_s!r}")
-        if self.trace is not None and not self.trace.endswith(".json"):
+        if self.trace is not None and not (isinstance(self.trace, str) and self.trace.endswith(".json")):
             raise ValueError(
                 f"trace must name a .json file (its picture is written beside it as .png), got {self.trace!r}"
             )
         if self.link is not None and not isinstance(self.link, Link):
             raise ValueError(f"link must be a tokenweave.comm.link.Link or None, got {self.link!r}")
+        if self.policy is not None and not isinstance(self.policy, Policy):
+            raise ValueError(f"policy must be a tokenweave.engine.policy.Policy or None, got {self.policy!r}")
+
+
+def of_type(name: str, value: Any, *kinds: type) -> None:
+    if type(value) not in kinds:
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"{name} must be of type {expected}, got {value!r}")
 
 
 def one_of(name: str, value: Any, allowed: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -49,8 +50,9 @@ class LLM:
         self._rank: Rank | None = None
         try:
             self._open()
-        except BaseException:
+        except BaseException as error:
             self._shut("it could not be opened", force=True)
+            clear_frames(error)
             raise
 
     def _open(self) -> None:
@@ -60,6 +62,16 @@ class LLM:
         vocabulary = read_vocabulary(rank.folder, rank.hf_config)
         self.tokenizer = vocabulary.tokenizer
         self._engine = Engine(self.config, rank.ranks, rank.runner, vocabulary, rank.times)
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks share the model."""
+        return self._ranks.world_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self._ranks.device
 
     # -- generating ------------------------------------------------------------------------------------------------
 
@@ -171,6 +183,7 @@ class LLM:
         except BaseException as error:
             lost = self._describe_loss() if is_lost_peer(error) else None
             self._shut("an earlier call failed", force=True)
+            clear_frames(error)
             if lost is None:
                 raise
             raise PeerError(f"another rank was lost in a call: {lost}; make a new LLM") from error
@@ -243,6 +256,14 @@ def streamed(call: Call) -> Iterator[RequestOutput]:
 def no_call() -> Call:
     """A call that is over."""
     yield from ()
+
+
+def clear_frames(error: BaseException | None) -> None:
+    """Let go of what the functions had in hand through which `error` went. Else the caller who keeps the error keeps
+    the model as well, and the connections, whose end is what tells the other ranks."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def refusal(error: Exception) -> Exception:

@@ -59,7 +59,9 @@ EVERY_PART = [
     for cut in CUTS
 ]
 SHAPES = [
-    Case((EMBED, *layer, Sum(layer[0].bias, layer[0].post_norm, layer[0].norm, rows=cut), layer[1]), rows, dtype, offset)
+    Case(
+        (EMBED, *layer, Sum(layer[0].bias, layer[0].post_norm, layer[0].norm, rows=cut), layer[1]), rows, dtype, offset
+    )
     for name, layer in LAYERS.items()
     for offset in ([1.0] if name == "gemma" else [0.0])
     for dtype in TOLERANCE

@@ -173,6 +173,8 @@ def test_waits_are_bounded(ranks):
     assert lost, text
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("gloo/transport"), TimeoutError(), OSError()])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes differ"), ValueError("gloo/transport"), TimeoutError(), OSError()]
+)
 def test_other_errors_lose_no_peer(error):
     assert not is_lost_peer(error)

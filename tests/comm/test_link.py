@@ -121,7 +121,9 @@ def test_on_the_real_clock_it_takes_at_least_as_long():
     assert time.perf_counter() - start_s >= 3 * 0.015
 
 
-@pytest.mark.parametrize(("bandwidth", "latency"), [(0, 0), (-1, 0), (float("nan"), 0), (1e9, -1e-6), (1, float("nan"))])
+@pytest.mark.parametrize(
+    ("bandwidth", "latency"), [(0, 0), (-1, 0), (float("nan"), 0), (1e9, -1e-6), (1, float("nan"))]
+)
 def test_a_link_that_cannot_be_is_refused(bandwidth, latency):
     with pytest.raises(ValueError, match=r"^a link needs bandwidth_bytes_per_s > 0 and latency_s >= 0, got "):
         Link(bandwidth, latency)

@@ -179,7 +179,12 @@ def test_bytes_charged(ranks, world_size):
     data_bytes = 12 * HIDDEN * 4
     others = world_size - 1
     totals = [sum(of_rank) for of_rank in zip(*ranks(world_size).run(charged), strict=True)]
-    assert totals == [2 * others * data_bytes, others * data_bytes, others * data_bytes, others * world_size * data_bytes]
+    assert totals == [
+        2 * others * data_bytes,
+        others * data_bytes,
+        others * data_bytes,
+        others * world_size * data_bytes,
+    ]
 
 
 def test_one_rank_sends_nothing():

@@ -13,6 +13,13 @@ from tokenweave.cost import measure
 from tokenweave.cost.measure import fitting, measure_step_times
 from tokenweave.weave.plan import StepTimes, plan_step
 
+COUNTS = [1, 16, 128, 512]
+
+
+@pytest.fixture(autouse=True)
+def _counts(monkeypatch):
+    monkeypatch.setattr(measure, "ROW_COUNTS", tuple(COUNTS))
+
 
 class FakeRunner:
     """Remembers the steps that are timed; `gather` answers as if rank 0 had measured `theirs`."""
@@ -44,7 +51,7 @@ class FakeRunner:
 @pytest.mark.parametrize(
     ("limits", "rows"),
     [
-        ({}, [1, 16, 128, 512]),
+        ({}, COUNTS),
         ({"blocks": 1}, [1, 16]),
         ({"blocks": 31}, [1, 16, 128]),
         ({"budget": 100}, [1, 16]),
@@ -59,19 +66,26 @@ def test_every_mode_is_timed_at_every_count():
     runner = FakeRunner()
     times = measure_step_times(runner)
     assert list(times.seconds) == ["off", "fused", "weave"]
-    assert all(list(seconds) == [1, 16, 128, 512] for seconds in times.seconds.values())
+    assert all(list(seconds) == COUNTS for seconds in times.seconds.values())
     assert {(plan.rows, plan.cut, plan.form) for plan in runner.plans} == {
         (plan.rows, plan.cut, plan.form)
-        for rows in (1, 16, 128, 512)
+        for rows in COUNTS
         for plan in (plan_step(mode, rows, None) for mode in ("off", "fused", "weave"))
     }
 
 
-@pytest.mark.parametrize(("step_s", "rows"), [(0.4 / 16, [1, 16, 128, 512]), (0.6 / 16, [1]), (60.0, [1])])
-def test_steps_that_would_take_long_are_left_out(step_s, rows):
-    """By the largest so far, as if time grew with rows: 16 rows would take 0.4 or 0.6 s."""
-    times = measure_step_times(FakeRunner(theirs=step_s))
-    assert list(times.seconds["off"]) == rows
+@pytest.mark.parametrize(
+    ("step_s", "expected"),
+    [
+        (lambda rows: 0.001 * rows, [1, 16, 128, 512]),  # 0.512 s
+        (lambda rows: 0.2 + 0.004 * rows, [1, 16, 128]),  # 0.712 s, and 512 rows would take 2.2 s
+        (lambda rows: 0.03 * rows, [1, 16]),  # 0.48 s, and 128 rows would take 3.8 s
+        (lambda rows: 60.0, [1]),
+    ],
+)
+def test_steps_that_would_take_long_are_left_out(monkeypatch, step_s, expected):
+    monkeypatch.setattr(measure, "time_step", lambda runner, mode, rows: step_s(rows))
+    assert list(measure_step_times(FakeRunner()).seconds["off"]) == expected
 
 
 def test_a_timeline_does_not_show_what_was_measured():

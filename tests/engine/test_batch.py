@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenweave.engine.batch import Batch, Half, Span
@@ -36,6 +36,7 @@ def rows(batch: Batch) -> list[tuple]:
 
 
 @given(batch=BATCHES, data=st.data())
+@settings(deadline=None, derandomize=True)
 def test_any_range_of_rows(batch, data):
     start = data.draw(st.integers(0, batch.rows))
     stop = data.draw(st.integers(start, batch.rows))
@@ -46,6 +47,7 @@ def test_any_range_of_rows(batch, data):
 
 
 @given(batch=BATCHES, data=st.data())
+@settings(deadline=None, derandomize=True)
 def test_any_cuts_give_back_the_whole(batch, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, batch.rows), max_size=3)))
     bounds = zip([0, *cuts], [*cuts, batch.rows], strict=True)
@@ -53,6 +55,7 @@ def test_any_cuts_give_back_the_whole(batch, data):
 
 
 @given(batch=BATCHES, data=st.data())
+@settings(deadline=None, derandomize=True)
 def test_a_cut_of_a_cut(batch, data):
     stop = data.draw(st.integers(0, batch.rows))
     start = data.draw(st.integers(0, stop))
@@ -83,6 +86,7 @@ def test_whole_spans_stay_as_they_are():
 
 
 @given(batch=BATCHES)
+@settings(deadline=None, derandomize=True)
 def test_a_half_as_tensors(batch):
     half = Half(batch, torch.empty(51, 1, 2, BLOCK_SIZE, 1, 8), channel=None)
     expected = rows(batch)

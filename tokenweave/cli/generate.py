@@ -41,7 +41,7 @@ def run(options: argparse.Namespace, out: TextIO) -> None:
     printer = pick_printer(out, prompts, params.n, json=options.json, stream=options.stream)
     with LLM(**vars(config)) as llm:
         outputs = complete(llm, prompts, params, options.chat, printer)
-        world_size, device = llm._ranks.world_size, llm._ranks.device.type
+        world_size, device = llm.world_size, llm.device.type
         overlap, woven = llm.overlap_summary(), count_woven(llm.spans)
     printer.finish(Run(config, world_size, device, prompts, outputs, figures(outputs), overlap, woven))
 
@@ -96,10 +96,6 @@ def check_trace(trace: str | None) -> None:
     """Better now than when all is done."""
     if trace is None:
         return
-    if Path(trace).suffix.lower() == ".png":
-        raise UsageError(
-            f"--trace {trace} would be the timeline, which is JSON; name it .json, the picture comes beside it"
-        )
     if Path(trace).is_dir() or not Path(trace).absolute().parent.is_dir():
         raise UsageError(f"--trace {trace} cannot be written; give a file in a folder that exists")
 

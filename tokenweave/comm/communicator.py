@@ -81,7 +81,7 @@ class Channel:
 
 
 def add_up(total: Tensor, residual: Tensor | None, request: Any) -> Tensor:
-    """What follows a sum, on any subset of rows: bias, post_norm, and the residual, which is returned (new or in place).
+    """What follows a sum, on any subset of rows: bias, post_norm, residual. Returns the residual (new, or in place).
 
     total: [rows, hidden], in the partial's dtype or fp32; it is overwritten. The residual has the partial's dtype.
     """

@@ -8,8 +8,9 @@ from typing import Any
 from tokenweave.weave.plan import StepTimes, plan_step
 
 ROW_COUNTS = (1, 16, 128, 1024)
-BUDGET_S = 0.5  # row counts whose step would take longer are left out
+BUDGET_S = 1.0  # row counts whose step is expected to take longer are left out
 REPEATS = 4  # in turn, mode by mode: other work on the machine then slows all of them
+LONG_S, LONG_REPEATS = 0.1, 2  # a step that takes long is measured well enough by fewer repeats
 
 
 def measure_step_times(runner: Any) -> StepTimes:
@@ -19,20 +20,17 @@ def measure_step_times(runner: Any) -> StepTimes:
     """
     seconds: dict[str, dict[int, float]] = {"off": {}, "fused": {}, "weave": {}}
     for rows in fitting(runner):
-        if too_long(seconds["off"], rows):
+        expected_s = StepTimes(seconds).predict("off", rows) if seconds["off"] else 0.0
+        if expected_s > BUDGET_S:
             break
-        rounds = [{mode: time_step(runner, mode, rows) for mode in seconds} for _ in range(REPEATS)]
+        repeats = REPEATS if expected_s < LONG_S else LONG_REPEATS
+        rounds = [{mode: time_step(runner, mode, rows) for mode in seconds} for _ in range(repeats)]
         for mode in seconds:
             seconds[mode][rows] = min(round_[mode] for round_ in rounds)
         seconds = runner.ranks.gather(seconds)[0]
     if runner.recorder is not None:
         runner.recorder.clear()  # a timeline is of what the user asked for
     return StepTimes(seconds)
-
-
-def too_long(seconds: dict[int, float], rows: int) -> bool:
-    """Whether a step of `rows` rows would, by the largest one timed so far, take longer than BUDGET_S."""
-    return bool(seconds) and seconds[max(seconds)] * rows / max(seconds) > BUDGET_S
 
 
 def fitting(runner: Any) -> list[int]:

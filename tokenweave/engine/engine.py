@@ -15,7 +15,7 @@ from tokenweave.engine.prompts import Limits
 from tokenweave.engine.request import Completion, Prompt, RequestState, start_request
 from tokenweave.engine.runner import Runner
 from tokenweave.engine.sampler import Sampled, SamplingRow, sample
-from tokenweave.engine.scheduler import Policy, Scheduled, Scheduler
+from tokenweave.engine.scheduler import Scheduled, Scheduler
 from tokenweave.engine.vocabulary import Vocabulary
 from tokenweave.weave.plan import Plan, StepTimes, plan_step
 
@@ -45,7 +45,6 @@ class Engine:
         runner: Runner,
         vocabulary: Vocabulary,
         times: StepTimes | None,
-        policy: Policy | None = None,
     ):
         self.config = config
         self.ranks = ranks
@@ -53,7 +52,7 @@ class Engine:
         self.vocabulary = vocabulary
         self.times = times
         pool = BlockPool(len(runner.storage), config.block_size, config.enable_prefix_caching)
-        self.scheduler = Scheduler(pool, config.max_num_batched_tokens, config.max_num_seqs, policy)
+        self.scheduler = Scheduler(pool, config.max_num_batched_tokens, config.max_num_seqs, config.policy)
         self.limits = Limits(runner.spec.vocab_size, runner.max_model_len, pool.num_blocks * config.block_size)
         self.requests_seen = 0
 

@@ -71,8 +71,9 @@ def accept_one(name: str, prompt: Any, params: SamplingParams, tokenizer: Any, l
             f"{name} has {len(ids)} tokens, which leaves no room for output in max_model_len={limits.max_model_len}; "
             "shorten it or raise max_model_len"
         )
-    max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-    longest = len(ids) + max_tokens - 1  # the last token's keys and values are never needed
+    fitting = limits.capacity_tokens - len(ids) + 1  # the last token's keys and values are never needed
+    max_tokens = max(1, min(room, fitting)) if params.max_tokens is None else min(params.max_tokens, room)
+    longest = len(ids) + max_tokens - 1
     if longest > limits.capacity_tokens:
         raise ValueError(
             f"{name} needs KV blocks for {longest} tokens ({len(ids)} of prompt, up to {max_tokens} of output), but "

@@ -95,6 +95,7 @@ class Workers:
         os.close(write_fd)
         self.processes.append(process)
         assert process.stdin is not None
+        config = replace(config, policy=None)  # rank 0 alone schedules, and not every function can be sent
         with contextlib.suppress(BrokenPipeError):  # it has ended at once, which `_await` sees
             pickle.dump((config, replace(self.meeting, rank=rank), torch.get_num_threads()), process.stdin)
             process.stdin.flush()
