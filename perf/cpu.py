@@ -1,6 +1,6 @@
 """Every CPU measurement of this folder, one after the other, and the report: perf/results/cpu-<date>.md and .json.
 
-Usage: python -m perf.cpu [--shape llama-512x8] [--rounds 7] [--threads N]     (several minutes; leave the machine alone)
+Usage: python -m perf.cpu [--shape llama-512x8] [--rounds 7] [--threads N]; takes minutes: leave the machine alone.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def report(tables: dict[str, str], about: dict[str, Any], shape: str) -> str:
     head = [
         f"# CPU measurements, {about['date']}",
         "",
-        f"{about['cpu']}, {os.cpu_count()} cores, {versions}, Python {about['python']}, commit {about['commit']}, fp32.",
-        "Medians over interleaved rounds (A B A B); the ratio is the median of the rounds' own ratios.",
+        f"{about['cpu']}, {os.cpu_count()} cores, {versions}, Python {about['python']}, commit {about['commit']}.",
+        "fp32. Medians over interleaved rounds (A B A B); the ratio is the median of the rounds' own ratios.",
         f"Made by `python -m perf.cpu --shape {shape}`.",
     ]
     return "\n".join([*head, *(f"\n## {name.capitalize()}\n\n{table}" for name, table in tables.items())]) + "\n"

@@ -103,11 +103,11 @@ def requests(case: Case, rank: int) -> list[Reduce]:
     made, alive = [], case.rows
     for step, one in enumerate(case.sums):
         rows = None if one.rows is None else Rows(one.rows, torch.tensor(one.rows, dtype=torch.long))
+        alive = alive if one.rows is None else len(one.rows)
         partial = drawn(f"partial {rank}", step, case.dtype, alive, HIDDEN)
         norms = [norm(case, name, step) if wanted else None for name, wanted in (("p", one.post_norm), ("n", one.norm))]
         bias = drawn("bias", step, case.dtype, HIDDEN) if one.bias else None
         made.append(Reduce(partial, bias, *norms, rows=rows))
-        alive = alive if one.rows is None else len(one.rows)
     return made
 
 
@@ -154,7 +154,7 @@ def expected(case: Case, world_size: int) -> list[torch.Tensor]:
         alive = slice(None) if one.rows is None else list(one.rows)
         shape = request.partial.shape
         parts = [drawn(f"partial {rank}", step, case.dtype, *shape).double() for rank in range(world_size)]
-        total = sum(parts)[alive] + (request.bias.double() if one.bias else 0)
+        total = sum(parts) + (request.bias.double() if one.bias else 0)
         total = rms_norm(request.post_norm, total) if one.post_norm else total
         residual = total if residual is None else residual[alive] + total
         results.append(rms_norm(request.norm, residual) if one.norm else residual)

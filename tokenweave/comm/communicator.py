@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,20 +57,18 @@ class Channel:
         return self.buffers.partial[:rows]
 
     def reduce(self, request: Any) -> Any:
-        rows = len(request.rows.host) if request.rows else len(request.partial)
-        return self._submit(lambda: self._reduce(request), "sum", request.site, rows)
+        return self._submit(partial(self._reduce, request), "sum", request.site, len(request.partial))
 
     def gather(self, request: Any) -> Any:
-        return self._submit(lambda: self._gather(request), "gather", request.site, len(request.part))
+        return self._submit(partial(self._gather, request), "gather", request.site, len(request.part))
 
     def _submit(self, run: Any, kind: str, site: str, rows: int) -> Any:
         return self.lane.submit(run, kind=kind, site=site, half=self.half, rows=rows)
 
     def _reduce(self, request: Any) -> Hidden:
         total, residual = request.partial, self.residual
-        if request.rows is not None:
-            total = total.index_select(0, request.rows.index)
-            residual = None if residual is None else residual.index_select(0, request.rows.index)
+        if request.rows is not None and residual is not None:
+            residual = residual.index_select(0, request.rows.index)
         self.sent_bytes += self.transport.all_reduce(total)
         self.residual = add_up(total, residual, request)
         return Hidden(normed(self.residual, request.norm, self.buffers.hidden[: len(total)]))
@@ -109,7 +108,6 @@ class ShardedChannel(Channel):
     def _reduce(self, request: Any) -> Hidden:
         partial = request.partial
         if request.rows is not None:
-            partial = partial.index_select(0, request.rows.index)
             self._keep(request.rows)
         mine = self.owners[self.rank]
         total = self.buffers.total[: len(mine)]

@@ -26,7 +26,10 @@ class Options:
 
 
 class Span(Protocol):
-    """One sequence's part of a half: `len` new tokens after `context` cached ones, in the cache's blocks."""
+    """One sequence's part of a half: `len` new tokens after `context` cached ones, in the cache's blocks.
+
+    The last `wanted` tokens make logits; `narrow` gives a part of the span, with what comes before it as context.
+    """
 
     @property
     def context(self) -> int: ...
@@ -34,7 +37,12 @@ class Span(Protocol):
     @property
     def block_table(self) -> Sequence[int]: ...
 
+    @property
+    def wanted(self) -> int: ...
+
     def __len__(self) -> int: ...
+
+    def narrow(self, start: int, stop: int) -> Span: ...
 
 
 class PagedAttention:
@@ -46,6 +54,7 @@ class PagedAttention:
 
     def __init__(self, spans: Sequence[Span], storage: Tensor):
         self.spans = spans
+        self.storage = storage
         self.rows = storage.view(-1, storage.shape[4] * storage.shape[5])
         self.device = storage.device
         self.block_size = storage.shape[3]
@@ -56,8 +65,19 @@ class PagedAttention:
         self.parts: list[_Prefill | _Decode] = [*parts, *(_Decode(self, group) for group in alike(single))]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
-        """q: [tokens, heads, head_dim], k and v: [tokens, kv_heads, head_dim]; returns [tokens, heads * head_dim]."""
+        """k and v: [tokens, kv_heads, head_dim]. q: [tokens, heads, head_dim], or of the rows that make logits alone.
+
+        Returns [rows of q, heads * head_dim].
+        """
         self.write(layer, k, v)
+        if len(q) == len(k):
+            return self.attend(layer, q, k, v, options)
+        return self.tail.attend(
+            layer, q, k.index_select(0, self._tail_rows), v.index_select(0, self._tail_rows), options
+        )
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+        """Attention alone, keys and values of all tokens being in the cache."""
         out = torch.empty_like(q)
         for part in self.parts:
             part.attend(layer, q, k, v, options, out)
@@ -80,6 +100,18 @@ class PagedAttention:
         position = np.arange(start, stop)
         block = np.asarray(span.block_table, dtype=np.int64)[position // self.block_size]
         return block * (2 * self.layers * self.block_size) + position % self.block_size
+
+    @cached_property
+    def tail(self) -> PagedAttention:
+        """Of the rows that make logits."""
+        tails = [span.narrow(len(span) - span.wanted, len(span)) for span in self.spans if span.wanted]
+        return PagedAttention(tails, self.storage)
+
+    @cached_property
+    def _tail_rows(self) -> Tensor:
+        ends = np.cumsum([len(span) for span in self.spans])
+        rows = [np.arange(end - span.wanted, end) for end, span in zip(ends, self.spans, strict=True)]
+        return torch.from_numpy(np.concatenate(rows)).to(self.device)
 
     @cached_property
     def _written(self) -> Tensor:

@@ -14,7 +14,7 @@ from tokenweave.models.layers import ColumnLinear, Mlp, Place, RowLinear, Vocabu
 from tokenweave.models.rope import Rope, rotate
 from tokenweave.models.spec import DecoderSpec, check_world_size
 from tokenweave.models.weights import Load
-from tokenweave.weave.request import Gather, Norm, Reduce, Request
+from tokenweave.weave.request import Gather, Norm, Reduce, Request, Rows
 
 Steps = Generator[Request, Any, Tensor]
 
@@ -36,7 +36,7 @@ class Decoder:
         rotary = self.rope(half)
         hidden = yield Reduce(self.embed(half), norm=self.layers[0].attn_in, site="embed")
         for layer, next_norm, rows in self.schedule(half):
-            attended = yield from layer.attention(hidden.data, half, rotary)
+            attended = yield from layer.attention(hidden.data, half, rotary, rows)
             hidden = yield Reduce(
                 attended, layer.attention.out.bias, layer.attn_out, norm=layer.mlp_in, rows=rows, site="attn"
             )
@@ -46,8 +46,8 @@ class Decoder:
         logits = yield Gather(self.head.logits(hidden.data), self.head.widths, site="head")
         return self.capped(logits.float())
 
-    def schedule(self, half: Any) -> Iterator[tuple[Layer, Norm | None, Any]]:
-        """Every layer, the norm that follows it, and the rows that alone live on after its attention (last layer)."""
+    def schedule(self, half: Any) -> Iterator[tuple[Layer, Norm | None, Rows | None]]:
+        """Every layer, the norm that follows it, and the rows that alone go on from its attention (last layer)."""
         for layer, following in zip(self.layers, self.layers[1:], strict=False):
             yield layer, following.attn_in, None
         yield self.layers[-1], self.norm, half.logits_rows
@@ -115,8 +115,8 @@ class Attention:
         if self.normed:
             self.q_norm, self.k_norm = (empty_norm(spec, place, len(owned)) for owned, _ in self.normed)
 
-    def __call__(self, x: Tensor, half: Any, rotary: tuple[Tensor, Tensor]) -> Steps:
-        """x: [tokens, hidden]; returns the partial [tokens, hidden]."""
+    def __call__(self, x: Tensor, half: Any, rotary: tuple[Tensor, Tensor], rows: Rows | None) -> Steps:
+        """x: [tokens, hidden]; returns the partial [tokens, hidden], or of `rows` alone where they are given."""
         heads = len(self.heads) + len(self.kv_heads)
         qkv = self.qkv(x).view(len(x), -1, self.spec.head_dim)
         qk, v = qkv[:, :heads], qkv[:, heads:]
@@ -125,8 +125,10 @@ class Attention:
         elif self.spec.qk_norm == "all":
             qk = yield from self.norm_all(qk)
         q, k = rotate(qk, rotary).split((len(self.heads), len(self.kv_heads)), dim=1)
+        if rows is not None:
+            q = q.index_select(0, rows.index)
         attended = half.attention(self.index, q, k, v, self.options)
-        return self.out(attended, half.partial(len(x)))
+        return self.out(attended, half.partial(len(q)))
 
     def norm_all(self, qk: Tensor) -> Steps:
         """RMSNorm over all ranks' heads of q, and of k: two numbers a token cross the wire, not the heads."""

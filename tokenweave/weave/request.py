@@ -26,7 +26,8 @@ class Reduce:
     """Sum the ranks' partials, add to the residual, normalise; the strand gets back a `Hidden`.
 
     partial: [rows, hidden], this rank's unsummed output of a row-parallel layer.
-    rows: only these rows are alive from here on; all others drop out of the residual and of the result.
+    rows: only these rows of the half are alive from here on, and `partial` holds them alone; all others drop out of the
+        residual. Where the map of rows to owners is sharded, a row stays with the rank that has its residual.
 
         total = sum over ranks of partial, in rank order (+ bias)
         if post_norm: total = post_norm(total)
