@@ -17,7 +17,7 @@ is written to tokenweave-trace.json and a picture beside it.
   echo '12+34=' | launch/generate.sh -
 
 launch options:
-  --nproc N           ranks on this machine (default: one for each GPU, at most 8; 2 with fewer than two GPUs)
+  --nproc N           ranks on this machine (default: 8, 4 or 2, as there are GPUs; 2 without)
   --nnodes N          machines (default: 1). On several machines, start this script on each, with the same arguments and
   --node-rank R         this machine's number, 0 to N-1,
   --master-addr HOST    a name or address of machine 0 that all can reach,
@@ -46,7 +46,7 @@ visible_gpus() {
 default_nproc() {
     local gpus
     gpus=$(visible_gpus)
-    echo $((gpus < 2 ? 2 : gpus > 8 ? 8 : gpus))
+    echo $((gpus < 4 ? 2 : gpus < 8 ? 4 : 8)) # most models' heads divide by powers of two
 }
 
 # Split the command line: launch options into variables, all else into `args`.

@@ -273,7 +273,7 @@ BAD = {
     "--link-latency-us is of a simulated link": ["--link-latency-us", "5"],
     "a link needs bandwidth_bytes_per_s > 0": ["--link-gbit-per-s", "0"],
     "trace must name a .json file": ["--trace", "x.png"],
-    "--trace no/x.json cannot be written": ["--trace", "no/x.json"],
+    "trace='no/x.json' cannot be written": ["--trace", "no/x.json"],
 }
 
 

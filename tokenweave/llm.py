@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import traceback
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import fields
@@ -48,12 +49,8 @@ class LLM:
         self._threads = torch.get_num_threads()
         self._workers: Workers | None = None
         self._rank: Rank | None = None
-        try:
+        with self._shut_on_failure("it could not be opened"):
             self._open()
-        except BaseException as error:
-            self._shut("it could not be opened", force=True)
-            clear_frames(error)
-            raise
 
     def _open(self) -> None:
         self._workers = start_workers(self.config)
@@ -82,7 +79,8 @@ class LLM:
 
         sampling_params: a SamplingParams for all prompts, or a list with one for each.
         Returns a RequestOutput for each prompt, in order. stream=True: an iterator of RequestOutputs, each with
-        everything so far of a request that got tokens in a step; a new call ends an iterator that is not exhausted.
+        everything so far of a request that got tokens in a step; a new call ends an iterator that is not exhausted, and
+        so does a pause longer than timeout_s between two of its items.
         Raises ValueError or TypeError for a bad request, on every rank, before any work starts. Only rank 0's
         arguments count. Raises PeerError where another rank has failed or gone; this LLM is then closed.
         """
@@ -121,7 +119,7 @@ class LLM:
 
     def _lead(self, prompts: Callable[[], Any], params: Any, stream: bool) -> Call:
         """Rank 0's side of a call: everything it yields, it also sends to the other ranks."""
-        with self._shut_on_failure():
+        with self._shut_on_failure("an earlier call failed"):
             if self._workers is not None:
                 self._workers.wake()
             try:
@@ -157,7 +155,7 @@ class LLM:
         """Every other rank's side of a call: what rank 0 sends."""
         messages = follow(self._runner, self._ranks)
         message: Message = Accepted()
-        with self._shut_on_failure():
+        with self._shut_on_failure("an earlier call failed"):
             try:
                 while not isinstance(message, Done):
                     message = self._hear(messages)
@@ -174,19 +172,19 @@ class LLM:
         return message
 
     @contextlib.contextmanager
-    def _shut_on_failure(self) -> Iterator[None]:
-        """A call that breaks off leaves the ranks out of step: nothing more can be done with them."""
+    def _shut_on_failure(self, why: str) -> Iterator[None]:
+        """What breaks off leaves the ranks out of step: nothing more can be done with them."""
         try:
             yield
         except GeneratorExit:
             raise
         except BaseException as error:
             lost = self._describe_loss() if is_lost_peer(error) else None
-            self._shut("an earlier call failed", force=True)
+            self._shut(why, force=True)
             clear_frames(error)
             if lost is None:
                 raise
-            raise PeerError(f"another rank was lost in a call: {lost}; make a new LLM") from error
+            raise PeerError(f"another rank was lost: {lost}; make a new LLM") from error
 
     def _describe_loss(self) -> str:
         return "its output says why" if self._workers is None else self._workers.ended()
@@ -201,7 +199,7 @@ class LLM:
         if self.config.trace is None:
             return
         self.spans = collect_spans(self._runner, self._ranks)
-        if self._ranks.rank == 0:
+        if self._ranks.rank == 0 and self.spans:
             from tokenweave.trace import chrome, picture  # here, because matplotlib takes a second to import
 
             path = Path(self.config.trace)
@@ -243,6 +241,11 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():  # at the end of the process, exit handlers and the ends of pipes close everything
+            with contextlib.suppress(Exception):  # nobody could catch it
+                self.close()
 
 
 def streamed(call: Call) -> Iterator[RequestOutput]:

@@ -12,6 +12,7 @@ import os
 import socket
 import struct
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -59,22 +60,23 @@ def bring_up(interface: str) -> None:
 
 
 def measure(world_size: int) -> list[Measured]:
-    """Forks the ranks: that is quicker than to import torch in each."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    """Forks the ranks: that is quicker than to import torch in each. They meet in a file, which needs no thread here."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    ranks = [context.Process(target=run, args=(rank, world_size, store.port, theirs)) for rank in range(world_size)]
-    for rank in ranks:
-        rank.start()
-    theirs.close()
-    measured = ours.recv()
-    for rank in ranks:
-        rank.join()
+    with tempfile.TemporaryDirectory() as folder:
+        place = (world_size, f"{folder}/store", theirs)
+        ranks = [context.Process(target=run, args=(rank, *place)) for rank in range(world_size)]
+        for rank in ranks:
+            rank.start()
+        theirs.close()
+        measured = ours.recv()
+        for rank in ranks:
+            rank.join()
     return measured
 
 
-def run(rank: int, world_size: int, port: int, answer: Connection) -> None:
-    store = dist.TCPStore("127.0.0.1", port)
+def run(rank: int, world_size: int, meeting: str, answer: Connection) -> None:
+    store = dist.FileStore(meeting, world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
     transport = GlooTransport(rank, world_size, dist.new_group(backend="gloo"))
     measured = [

@@ -540,3 +540,18 @@ def test_finish_takes_a_sequence_out_wherever_it_is():
     sim.end(running)
     assert not sim.scheduler.busy
     assert sim.pool.num_free == sim.pool.num_blocks
+
+
+def test_completions_of_one_prompt_compute_it_once():
+    pool = BlockPool(64, 4, caching=True)
+    scheduler = Scheduler(pool, max_num_batched_tokens=100, max_num_seqs=8)
+    prompt = tuple(range(18))  # four full blocks and two tokens
+    for _ in range(3):
+        scheduler.add(Sequence(prompt, arrival=0))
+    scheduler.add(Sequence((50, 51, 52, 53, 54), arrival=1))
+    first = scheduler.schedule()
+    assert [one.count for one in first] == [18]
+    scheduler.computed(first)
+    first[0].sequence.tokens.append(1)
+    second = scheduler.schedule()
+    assert [one.count for one in second] == [1, 2, 2, 5]

@@ -250,10 +250,13 @@ def test_unused_names_what_nobody_asked_for(tmp_path):
     assert unused(loads, checkpoint) == ["b.bias"]
 
 
-def test_progress_is_shown_only_if_asked_for(tmp_path, capsys):
+def test_progress_is_shown_only_if_asked_for_and_on_a_terminal(tmp_path, capsys, monkeypatch):
     checkpoint = save({"w": torch.zeros(300, 1000)}, tmp_path)
     load([Load(torch.empty(100, 1000), "w", (slice(100),))], checkpoint)
     assert capsys.readouterr().err == ""
+    load([Load(torch.empty(100, 1000), "w", (slice(100),))], checkpoint, progress=True)
+    assert capsys.readouterr().err == ""  # no terminal
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     load([Load(torch.empty(100, 1000), "w", (slice(100),))], checkpoint, progress=True)
     assert re.search(r"loading weights: 100%.*400k/400k", capsys.readouterr().err)
 

@@ -75,7 +75,6 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
     """Raises ValueError for what cannot be."""
     fields: dict[str, Any] = chosen(options, (*MODEL, *ENGINE, *OUTPUT))
     fields["progress"] = options.progress and sys.stderr.isatty()
-    check_trace(options.trace)
     return EngineConfig(model=options.model, link=link(options), **fields)
 
 
@@ -90,14 +89,6 @@ def link(options: argparse.Namespace) -> Link | None:
             raise UsageError("--link-latency-us is of a simulated link; give --link-gbit-per-s as well")
         return None
     return Link(options.link_gbit_per_s * 1e9 / 8, options.link_latency_us / 1e6)
-
-
-def check_trace(trace: str | None) -> None:
-    """Better now than when all is done."""
-    if trace is None:
-        return
-    if Path(trace).is_dir() or not Path(trace).absolute().parent.is_dir():
-        raise UsageError(f"--trace {trace} cannot be written; give a file in a folder that exists")
 
 
 def quieten() -> None:

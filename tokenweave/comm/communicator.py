@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -57,10 +57,10 @@ class Channel:
         return self.buffers.partial[:rows]
 
     def reduce(self, request: Any) -> Any:
-        return self._submit(partial(self._reduce, request), "sum", request.site, len(request.partial))
+        return self._submit(functools.partial(self._reduce, request), "sum", request.site, len(request.partial))
 
     def gather(self, request: Any) -> Any:
-        return self._submit(partial(self._gather, request), "gather", request.site, len(request.part))
+        return self._submit(functools.partial(self._gather, request), "gather", request.site, len(request.part))
 
     def _submit(self, run: Any, kind: str, site: str, rows: int) -> Any:
         return self.lane.submit(run, kind=kind, site=site, half=self.half, rows=rows)

@@ -7,7 +7,8 @@ import os
 import pickle
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +18,8 @@ import torch
 import torch.distributed as dist
 
 INLINE_BYTES = 4096  # a control message up to this size travels in one piece
+BUSY_S = 1.0  # between two words of a busy rank
+SHARED = "every rank raises this"  # in the notes of an error that all ranks know of
 WORKERS = "tokenweave workers"  # what the default group is called that an LLM makes with the ranks that it started
 
 
@@ -87,11 +90,22 @@ class Ranks:
         except Exception as caught:
             error = caught
         reports = self.gather(None if error is None else as_peers_see_it(error, self.rank, task))
-        if error is not None:
-            raise error
-        for report in reports:
-            if report is not None:
-                raise report
+        for failure in (error, *reports):
+            if failure is not None:
+                failure.add_note(f"{SHARED}: {task}")
+                raise failure
+
+    def first_rank_only(self, task: str, run: Callable[[], Any]) -> None:
+        """Rank 0 runs something that may take longer than `timeout_s` (a download); the others wait until it is done.
+
+        Rank 0 says every second that it is still busy, so no single wait is long. Raises on every rank as `together`.
+        """
+        with ThreadPoolExecutor(1) as pool, self.together(task):
+            work = pool.submit(run) if self.rank == 0 else None
+            while not self.gather(work and bool(wait([work], BUSY_S).done))[0]:
+                pass
+            if work is not None:
+                work.result()
 
     def leave(self) -> None:
         """Free this object's process groups (not the default group, which others may use)."""
@@ -106,6 +120,11 @@ def as_peers_see_it(error: Exception, rank: int, task: str) -> Exception:
         if isinstance(error, kind):
             return kind(f"rank {rank}: {error}")
     return PeerError(f"rank {rank} failed in {task}: {type(error).__name__}: {error}")
+
+
+def is_shared(error: BaseException) -> bool:
+    """Whether every rank raises this error, so that one of them reporting it is enough."""
+    return any(note.startswith(SHARED) for note in getattr(error, "__notes__", ()))
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -146,8 +165,19 @@ def join(device: torch.device, timeout_s: float, meeting: Rendezvous | None = No
     if not dist.is_initialized():
         enter_default_group(timeout, meeting)
     control = dist.new_group(backend="gloo", timeout=timeout)
+    agree_on_device(device, control)
     comm = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     return Ranks(dist.get_rank(), dist.get_world_size(), device, timeout_s, control, comm)
+
+
+def agree_on_device(device: torch.device, control: Any) -> None:
+    """Raises ValueError on every rank unless all compute on the same kind of device."""
+    kinds: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(kinds, device.type, group=control)
+    if len(set(kinds)) > 1:
+        dist.destroy_process_group(control)
+        listed = ", ".join(f"rank {rank}: {kind}" for rank, kind in enumerate(kinds))
+        raise ValueError(f"all ranks must compute on the same kind of device, found {listed}; set device on every rank")
 
 
 def enter_default_group(timeout: timedelta, meeting: Rendezvous | None) -> None:

@@ -50,18 +50,29 @@ def open_rank(config: EngineConfig, meeting: Rendezvous | None = None, observers
 
 
 def load_rank(config: EngineConfig, ranks: Ranks, observers: tuple[Observer, ...]) -> Rank:
-    with ranks.together("finding the model"):
-        if ranks.rank == 0:
-            resolve(config.model)  # one rank downloads, the others then find it in the cache
+    # Rank 0 downloads first; ranks of its host then find the model in the cache.
+    ranks.first_rank_only("finding the model", lambda: prepare(config))
     with ranks.together("loading the model"):
         folder = resolve(config.model)
         hf_config = read_config(folder)
         runner = Runner(config, ranks, folder, hf_config, observers)
-    with ranks.together("allocating the KV cache"):
-        runner.allocate()
-    measured = config.overlap == "auto" and ranks.world_size > 1
-    times = measure_step_times(runner) if measured else None
+    try:
+        with ranks.together("allocating the KV cache"):
+            runner.allocate()
+        with ranks.together("measuring step times"):
+            measured = config.overlap == "auto" and ranks.world_size > 1
+            times = measure_step_times(runner) if measured else None
+    except BaseException:
+        runner.close()
+        raise
     return Rank(ranks, runner, folder, hf_config, times)
+
+
+def prepare(config: EngineConfig) -> None:
+    """What one rank does for all, before anything that takes long."""
+    if config.trace is not None and not Path(config.trace).absolute().parent.is_dir():
+        raise ValueError(f"trace={config.trace!r} cannot be written: its folder does not exist; make it first")
+    resolve(config.model)
 
 
 def local_place(meeting: Rendezvous | None) -> tuple[int, int]:
@@ -85,7 +96,7 @@ def pick_device(asked: str, local_rank: int, local_ranks: int) -> torch.device:
         return torch.device("cpu")
     if asked == "auto" and gpus < local_ranks:
         if local_rank == 0:
-            warnings.warn(f"{local_ranks} ranks share {gpus} GPU: running on the CPU; see device='cuda'", stacklevel=2)
+            warnings.warn(f"{local_ranks} ranks share {gpus} GPU: running on the CPU", stacklevel=2)
         return torch.device("cpu")
     device = torch.device("cuda", local_rank % gpus)
     torch.cuda.set_device(device)

@@ -44,6 +44,12 @@ class Runner:
         self.spec: DecoderSpec = read_spec(folder, hf_config)
         self.dtype = pick_dtype(config.dtype, hf_config, ranks.device)
         self.max_model_len = config.max_model_len or longest(self.spec)
+        if self.max_model_len > longest(self.spec):
+            raise ValueError(
+                f"max_model_len is {self.max_model_len}, but the model was made for {longest(self.spec)} tokens"
+            )
+        if config.trace is not None and ranks.device.type == "cuda":
+            raise ValueError("trace shows the lanes of a CPU; on CUDA use torch.profiler until streams are traced")
         self.recorder = Recorder(ranks.rank) if config.trace else None
         watching = (*observers, *((TraceObserver(self.recorder),) if self.recorder else ()))
         place = Place(ranks.rank, ranks.world_size, self.dtype, ranks.device)
@@ -113,7 +119,11 @@ class Runner:
                 f"no memory is left for one KV block of {block_bytes} bytes; lower block_size or free memory"
             )
         shape = (blocks, spec.num_layers, block_size, kv_heads, spec.head_dim)
-        self.storage = allocate_storage(*shape, self.dtype, self.ranks.device)
+        try:
+            self.storage = allocate_storage(*shape, self.dtype, self.ranks.device)
+        except RuntimeError as error:  # torch's way to say out of memory
+            size = f"{blocks} KV blocks of {block_bytes} bytes"
+            raise ValueError(f"there is no memory for {size}; lower num_kv_blocks, or free memory") from error
 
 
 def open_transport(config: EngineConfig, ranks: Ranks) -> Transport:
@@ -146,5 +156,13 @@ def cache_bytes(device: torch.device) -> int:
     """Bytes this rank may use for its KV cache."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * CUDA_CACHE_SHARE)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(free * CPU_CACHE_SHARE) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(available_bytes() * CPU_CACHE_SHARE) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def available_bytes() -> int:
+    """Memory of this host that can be had without swapping: Linux's own estimate, else all that is not in use."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        sizes_kib = dict(line.split()[:2] for line in meminfo.read_text().splitlines())
+        return int(sizes_kib["MemAvailable:"]) << 10
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -72,9 +72,14 @@ class Scheduler:
 
     def _start_waiting(self, budget: int) -> list[Scheduled]:
         scheduled: list[Scheduled] = []
+        computing: set[bytes] = set()  # digests of the first blocks that this step computes
         while self.waiting and budget and len(self.running) < self.max_num_seqs:
             sequence = self._choose("order", self.waiting)
             cached = self._cached(sequence)
+            first = sequence.digests[len(cached) : len(cached) + 1]
+            if not computing.isdisjoint(first):
+                break  # what it begins with is cached after this step: the n completions of a prompt compute it once
+            computing.update(first)
             # Room for all its tokens, not only for a first chunk, or it would soon be preempted again.
             fresh = self.pool.blocks_for(len(sequence.tokens)) - len(cached)
             if self.pool.cost(cached, fresh) > self.pool.num_free:

@@ -18,10 +18,12 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path, hf_config: Any) -> Vocabulary:
-    """A model folder's tokenizer, and the end tokens of its generation_config.json, or else of its config.json."""
+    """A model folder's tokenizer, and the end tokens: its own, and those of generation_config.json or config.json."""
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
     tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
-    return Vocabulary(tokenizer, end_tokens(folder, hf_config))
+    own = getattr(tokenizer, "eos_token_id", None)  # fine-tunes often have an end token that no config names
+    stated = end_tokens(folder, hf_config)
+    return Vocabulary(tokenizer, stated if own is None or own in stated else (*stated, own))
 
 
 def end_tokens(folder: Path, hf_config: Any) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import traceback
 
 import torch
 
-from tokenweave.comm.group import is_lost_peer
+from tokenweave.comm.group import is_lost_peer, is_shared
 from tokenweave.engine.engine import follow
 from tokenweave.engine.messages import finish_call
 from tokenweave.engine.rank import Rank, open_rank
@@ -24,8 +24,10 @@ def main() -> int:
     os.close(ready)
     try:
         rank = open_rank(config, meeting)
-    except Exception:
-        return 1  # rank 0 raises the same error: open_rank shares failures
+    except Exception as error:
+        if not is_shared(error):
+            traceback.print_exc()
+        return 1  # what is shared, rank 0 raises
     try:
         serve(rank)
     except Exception as error:

@@ -137,4 +137,6 @@ def start_workers(config: EngineConfig) -> Workers | None:
 def share_cores(ranks: int) -> None:
     """Threads for torch's operators: this rank's share of the host's cores, unless OMP_NUM_THREADS says otherwise."""
     if ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+        affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // ranks))

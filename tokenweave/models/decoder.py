@@ -138,10 +138,9 @@ class Attention:
         everyone = yield Gather(squares, (2,) * self.world_size, site="qk_norm")
         total = everyone.view(len(qk), self.world_size, 2).sum(1)
         copies = max(1, self.world_size // self.spec.num_kv_heads)  # ranks that hold the same KV head
-        counts = torch.tensor([self.spec.num_heads, self.spec.num_kv_heads * copies], device=qk.device)
-        scale = torch.rsqrt(total / (counts * self.spec.head_dim) + self.q_norm.eps)
-        q = q * scale[:, :1] * self.q_norm.weight.float()
-        k = k * scale[:, 1:] * self.k_norm.weight.float()
+        q_size, k_size = (n * self.spec.head_dim for n in (self.spec.num_heads, self.spec.num_kv_heads * copies))
+        q = q * torch.rsqrt(total[:, :1] / q_size + self.q_norm.eps) * self.q_norm.weight.float()
+        k = k * torch.rsqrt(total[:, 1:] / k_size + self.k_norm.eps) * self.k_norm.weight.float()
         return torch.cat((q, k), dim=1).view(qk.shape).to(qk.dtype)
 
     def loads(self, prefix: str) -> Iterator[Load]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Generator
 from typing import Any
@@ -16,15 +15,13 @@ class TraceObserver(Observer):
 
     def __init__(self, recorder: Recorder):
         self.recorder = recorder
-        self.compute_thread = threading.get_ident()
         self._since: dict[tuple[str, int], int] = {}
 
     def started(self, job: Job) -> None:
         self._since["run", id(job)] = time.perf_counter_ns()
 
     def finished(self, job: Job) -> None:
-        inline = threading.get_ident() == self.compute_thread
-        self._record("run", "compute" if inline else "comm", job.kind, job)
+        self._record("run", "compute" if job.inline else "comm", job.kind, job)
 
     def waiting(self, job: Job) -> None:
         self._since["wait", id(job)] = time.perf_counter_ns()

@@ -20,7 +20,7 @@ class Span(NamedTuple):
         when it runs inline, on the compute lane; "wait" is the compute lane waiting for a half's sum.
     name: where in the model: "embed", "attn", "mlp", "head".
     start_ns, end_ns: on one clock for all spans of a recorder; end_ns >= start_ns.
-    tokens: rows of the half. bytes: what this rank sent.
+    tokens: rows of the half. bytes: what this rank sent, 0 where that is not known.
     phase: what the step was, "prefill" or "decode"; "" where the step was not labelled.
     """
 

@@ -20,6 +20,7 @@ class Job:
     site: str = ""
     half: int = 0
     rows: int = 0
+    inline: bool = False  # runs on the compute lane
 
 
 class Pending(Protocol):
@@ -59,7 +60,7 @@ class InlineLane:
         self.observers = observers
 
     def submit(self, run: Callable[[], Any], **words: Any) -> Finished:
-        job = Job(run, **words)
+        job = Job(run, inline=True, **words)
         for observer in self.observers:
             observer.submitted(job)
             observer.started(job)
@@ -105,6 +106,7 @@ class ThreadLane:
     def _work(self) -> None:
         while (pending := self._queue.get()) is not None:
             pending.run()
+            del pending  # or an idle lane would keep the last job, and all that it holds
 
     def close(self) -> None:
         self._queue.put(None)
@@ -162,7 +164,11 @@ class ThreadPending:
 
 
 class StreamLane:
-    """The comm lane on CUDA: a high-priority stream. Waiting orders streams by events; the host never blocks."""
+    """The comm lane on CUDA: a high-priority stream. Waiting orders streams by events; the host never blocks.
+
+    Memory that a job allocates may be used again by a later job as soon as the host lets go of it, although the compute
+    stream may still have reads of it queued. That is safe because every job first waits for all that was queued there.
+    """
 
     def __init__(self, device: torch.device, observers: tuple[Observer, ...] = ()):
         self.observers = observers
