@@ -148,7 +148,7 @@ def test_when_several_fail_each_raises_its_own(ranks):
 
 
 def test_a_failure_of_one_rank_alone_goes_up():
-    with pytest.raises(Odd), Ranks(0, 1, CPU, 1.0).together("testing"):
+    with pytest.raises(Odd), Ranks(0, 1, CPU, 1.0, None, None).together("testing"):
         raise Odd(1, 2)
 
 

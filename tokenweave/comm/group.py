@@ -27,7 +27,7 @@ class PeerError(RuntimeError):
     """Another rank failed; its message names the rank and what it reported."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Ranks:
     """One rank's view of the tensor-parallel group.
 
@@ -39,8 +39,8 @@ class Ranks:
     world_size: int
     device: torch.device
     timeout_s: float
-    control: Any = None
-    comm: Any = None
+    control: Any
+    comm: Any
 
     def send(self, message: Any) -> None:
         """Rank 0: hand one picklable message to every other rank, in order."""
@@ -108,10 +108,15 @@ class Ranks:
                 work.result()
 
     def leave(self) -> None:
-        """Free this object's process groups (not the default group, which others may use)."""
+        """Free this object's process groups (not the default group, which others may use).
+
+        They are forgotten as well: gloo ends a group's connections, by which the other ranks see that this one has
+        left, with the last reference to it. Whoever else holds them must let go, too (Transport.close).
+        """
         for group in (self.comm, self.control):
             if group is not None:
                 dist.destroy_process_group(group)
+        del self.comm, self.control
 
 
 def as_peers_see_it(error: Exception, rank: int, task: str) -> Exception:
@@ -160,7 +165,7 @@ def join(device: torch.device, timeout_s: float, meeting: Rendezvous | None = No
     Every wait on the groups is bounded by `timeout_s`. World size 1 needs no process group at all.
     """
     if meeting is None and environment_world_size() == 1:
-        return Ranks(0, 1, device, timeout_s)
+        return Ranks(0, 1, device, timeout_s, None, None)
     timeout = timedelta(seconds=timeout_s)
     if not dist.is_initialized():
         enter_default_group(timeout, meeting)

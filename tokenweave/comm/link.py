@@ -51,6 +51,9 @@ class PacedTransport:
     def all_gather_columns(self, part: Tensor, outs: list[Tensor]) -> int:
         return self._paced(self.transport.all_gather_columns, part, outs)
 
+    def close(self) -> None:
+        self.transport.close()
+
     def _paced(self, collective: Any, *arguments: Any) -> int:
         start_s = time.perf_counter()
         sent_bytes = collective(*arguments)

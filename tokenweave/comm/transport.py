@@ -24,6 +24,9 @@ class Transport(Protocol):
     def all_gather_columns(self, part: Tensor, outs: list[Tensor]) -> int:
         """outs[r] becomes rank r's `part`; parts may differ in width."""
 
+    def close(self) -> None:
+        """Let go of the group, so that it can end."""
+
 
 class LocalTransport:
     """World size 1: nothing moves."""
@@ -43,6 +46,8 @@ class LocalTransport:
     def all_gather_columns(self, part: Tensor, outs: list[Tensor]) -> int:
         outs[0].copy_(part)
         return 0
+
+    def close(self) -> None: ...
 
 
 class GlooTransport:
@@ -83,6 +88,9 @@ class GlooTransport:
     def all_gather_columns(self, part: Tensor, outs: list[Tensor]) -> int:
         outs[self.rank].copy_(part)
         return self._exchange([(peer, outs[peer]) for peer in self.peers], [(peer, part) for peer in self.peers])
+
+    def close(self) -> None:
+        del self.group
 
     def _exchange(self, incoming: list[tuple[int, Tensor]], outgoing: list[tuple[int, Tensor]]) -> int:
         works = [dist.irecv(data, peer, group=self.group) for peer, data in incoming if data.numel()]
@@ -151,6 +159,9 @@ class CollectiveTransport:
         for rank, out in enumerate(outs):
             out.copy_(gathered[rank, :, : out.shape[1]])
         return padded.nbytes * (self.world_size - 1)
+
+    def close(self) -> None:
+        del self.group
 
 
 def sum_in_rank_order(parts: list[Tensor], out: Tensor) -> None:

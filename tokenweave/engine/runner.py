@@ -90,6 +90,7 @@ class Runner:
 
     def close(self) -> None:
         self.lane.close()
+        self.transport.close()
 
     def _label(self, batch: Batch) -> None:
         assert self.recorder is not None

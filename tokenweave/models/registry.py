@@ -134,8 +134,8 @@ def read_config(folder: Path) -> Any:
         raise FileNotFoundError(f"{folder} has no config.json; expected the folder of a Hugging Face model")
     try:
         return AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # transformers and the hub's client raise many kinds for what they cannot use
+        reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder}/config.json cannot be used: {reason}; {supported()}") from error
 
 

@@ -153,6 +153,7 @@ class ThreadPending:
 
     def drain(self) -> None:
         self._done.wait(self.lane.timeout_s)
+        self._error = None  # nobody wants it, and its traceback refers to this job, with all that the job holds
 
     def _await(self) -> None:
         if not self._done.wait(self.lane.timeout_s):
