@@ -60,7 +60,7 @@ def bring_up(interface: str) -> None:
 
 
 def measure(world_size: int) -> list[Measured]:
-    """Forks the ranks: that is quicker than to import torch in each. They meet in a file, which needs no thread here."""
+    """Forks the ranks, which is quicker than to import torch in each. They meet in a file: no thread is needed here."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     with tempfile.TemporaryDirectory() as folder:

@@ -59,7 +59,7 @@ def load_rank(config: EngineConfig, ranks: Ranks, observers: tuple[Observer, ...
     try:
         with ranks.together("allocating the KV cache"):
             runner.allocate()
-        # Not `together`, which would wait for ranks that are in the middle of a step: they see this one's connections end.
+        # Not `together`, which would wait for ranks in mid-step: these see the connections of one that failed end.
         measured = config.overlap == "auto" and ranks.world_size > 1
         times = measure_step_times(runner) if measured else None
     except BaseException:

@@ -14,7 +14,6 @@ from torch import Tensor
 from tokenweave.models.weights import Load
 from tokenweave.shard import shard, shards
 
-
 FEW_ROWS = 32
 
 
@@ -43,7 +42,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
     """x W^T + b, for x [rows, in] and weight [out, in]; written into `out` [rows, out], if given (then without bias).
 
     A few rows on several CPU threads are computed as (W x^T)^T: BLAS then shares out the weight's rows over the
-    threads, which took 0.6-0.8 of the time at 2-32 rows on 2 threads, and on one thread or with more rows gains nothing.
+    threads: 0.6-0.9 of the time at 2-32 rows on 2 threads. On one thread, or with more rows, it gains nothing.
     """
     few = x.device.type == "cpu" and x.dtype == torch.float32 and 1 < len(x) <= FEW_ROWS
     if few and torch.get_num_threads() > 1:
