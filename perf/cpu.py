@@ -63,15 +63,18 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="llama-512x8")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of all ranks together")
+    parser.add_argument("--only", choices=PARTS, help="measure this part again, and keep the others of today's report")
     options = parser.parse_args()
     model_folder(options.shape)  # made before two ranks could race to make it
     arguments = ["--shape", options.shape, "--rounds", str(options.rounds)]
-    parts = {name: run_part(name, arguments, options.threads) for name in PARTS}
     about = machine() | {"threads": options.threads, "shape": options.shape}
     stem = RESULTS / f"cpu-{about['date']}-{options.shape}"
+    kept = json.loads(stem.with_suffix(".json").read_text())["parts"] if options.only else {}
+    for name in [options.only] if options.only else PARTS:
+        kept[name] = run_part(name, arguments, options.threads)
+    parts = {name: kept[name] for name in PARTS if name in kept}
     stem.with_suffix(".md").write_text(report({name: part[0] for name, part in parts.items()}, about, options.shape))
-    figures = {name: part[1] for name, part in parts.items()}
-    stem.with_suffix(".json").write_text(json.dumps(about | {"figures": figures}, indent=1) + "\n")
+    stem.with_suffix(".json").write_text(json.dumps(about | {"parts": parts}, indent=1) + "\n")
     print(f"written: {stem}.md and .json")
 
 

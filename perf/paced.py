@@ -28,7 +28,7 @@ from tokenweave.config import EngineConfig
 from tokenweave.cost.measure import measure_step_times
 from tokenweave.engine.batch import Batch, Span
 from tokenweave.engine.rank import Rank, open_rank
-from tokenweave.weave.plan import StepTimes, plan_step
+from tokenweave.weave.plan import Plan, StepTimes, plan_step
 
 MODES = ("off", "fused", "weave", "auto")
 WIRES = {
@@ -78,11 +78,20 @@ def measure(rank: Rank, tokens: int, rounds: int) -> dict[str, Any]:
     link = Link(bandwidth_bytes_per_s=rank.ranks.gather(sums * sum_bytes / compute_s)[0])
     wires = {"sends": PacedTransport(gloo, link), "sleeps": PacedTransport(silent, link), "loopback": gloo}
     contestants: dict[str, Callable[[], None]] = {"compute": partial(step, silent, "off")}
+    chosen = {}
     for wire, transport in wires.items():
         communicator.transport = transport
         times = measure_step_times(rank.runner)  # what "auto" decides by, as when an LLM starts
+        chosen[wire] = mode_of(plan_step("auto", batch.rows, times))
         contestants |= {f"{wire} {mode}": partial(step, transport, mode, times) for mode in MODES}
-    return {"link_gbit_per_s": link.bandwidth_bytes_per_s * 8e-9, "seconds": interleaved(contestants, rounds)}
+    seconds = interleaved(contestants, rounds)
+    return {"link_gbit_per_s": link.bandwidth_bytes_per_s * 8e-9, "seconds": seconds, "auto_chose": chosen}
+
+
+def mode_of(plan: Plan) -> str:
+    if plan.cut is not None:
+        return "weave"
+    return "off" if plan.form == "reference" else "fused"
 
 
 def prefill(rank: Rank, tokens: int) -> Batch:
@@ -105,8 +114,9 @@ def table(result: dict[str, Any], tokens: int, shape: str) -> str:
             mine, off = seconds[f"{wire} {mode}"], seconds[f"{wire} off"]
             ratios = [a / b for a, b in zip(mine, off, strict=True)]
             spread = f"{min(ratios):.3f}-{max(ratios):.3f}"
+            name = f"auto (chose {result['auto_chose'][wire]})" if mode == "auto" else mode
             lines.append(
-                f"| {words} | {mode} | {statistics.median(mine):.3f} | {statistics.median(ratios):.3f} | {spread} |"
+                f"| {words} | {name} | {statistics.median(mine):.3f} | {statistics.median(ratios):.3f} | {spread} |"
             )
     return "\n".join(lines)
 

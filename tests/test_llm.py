@@ -123,6 +123,18 @@ def test_completions_and_logprobs(use):
             assert text.cumulative_logprob == pytest.approx(sum(chosen))
 
 
+def greedy_and_sampled(llm: LLM) -> list[Any]:
+    seeded = SamplingParams(temperature=1, top_p=0.9, seed=11, max_tokens=20, ignore_eos=True)
+    return [tokens(llm.generate(PROMPTS, params)) for params in (GREEDY, SAMPLED, seeded)]
+
+
+def test_worlds_of_every_size_generate_the_same(ranks, checkpoint):
+    folder = checkpoint("llama")
+    alone = with_llm(folder, greedy_and_sampled, (), {})
+    for world_size in (2, 4):
+        assert same(ranks(world_size).run(with_llm, folder, greedy_and_sampled, (), {})) == alone
+
+
 def sampled_twice(llm: LLM) -> list[Any]:
     seeded = SamplingParams(temperature=1, seed=7, max_tokens=7, ignore_eos=True)
     unseeded = SamplingParams(temperature=1, max_tokens=7, ignore_eos=True)
@@ -235,10 +247,14 @@ def closed(stream: Iterator[RequestOutput]) -> None:
     stream.close()
 
 
+def raise_at_the_first_part(stream: Iterator[RequestOutput]) -> None:
+    for part in stream:
+        raise KeyError(part)
+
+
 def left_by_an_error(stream: Iterator[RequestOutput]) -> None:
     with pytest.raises(KeyError):
-        for part in stream:
-            raise KeyError(part)
+        raise_at_the_first_part(stream)
 
 
 def read_to_the_end(stream: Iterator[RequestOutput]) -> None:
@@ -388,8 +404,7 @@ def test_closed_is_closed(checkpoint):
 
 def test_an_error_in_the_block_closes_and_goes_up(checkpoint):
     with pytest.raises(KeyError), LLM(checkpoint("llama"), **OPTIONS) as llm:
-        for part in llm.generate(PROMPTS, GREEDY, stream=True):
-            raise KeyError(part)
+        raise_at_the_first_part(llm.generate(PROMPTS, GREEDY, stream=True))
     with pytest.raises(RuntimeError, match="it was closed"):
         llm.generate(HELLO)
 

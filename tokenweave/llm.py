@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import sys
 import traceback
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -58,6 +60,7 @@ class LLM:
         self._ranks, self._runner = rank.ranks, rank.runner
         vocabulary = read_vocabulary(rank.folder, rank.hf_config)
         self.tokenizer = vocabulary.tokenizer
+        atexit.register(close_at_exit, weakref.ref(self))
         self._engine = Engine(self.config, rank.ranks, rank.runner, vocabulary, rank.times)
 
     @property
@@ -254,6 +257,13 @@ def streamed(call: Call) -> Iterator[RequestOutput]:
         for message in call:
             if isinstance(message, Emit):
                 yield from message.outputs
+
+
+def close_at_exit(reference: weakref.ref[LLM]) -> None:
+    """Close what is still open, while there still are groups and ranks to tell of it."""
+    llm = reference()
+    if llm is not None:
+        llm.close()
 
 
 def no_call() -> Call:
