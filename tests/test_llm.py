@@ -19,6 +19,9 @@ import torch.distributed as dist
 
 from tests.checkpoints import BOS, CHAT_TEMPLATE, prompt_batch
 from tokenweave import LLM, RequestOutput, SamplingParams
+from tokenweave.comm.link import Link, PacedTransport
+from tokenweave.comm.transport import CollectiveTransport
+from tokenweave.engine import runner
 
 OPTIONS: dict[str, Any] = {"overlap": "weave", "num_kv_blocks": 64, "block_size": 4, "progress": False}
 GREEDY = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
@@ -133,6 +136,29 @@ def test_worlds_of_every_size_generate_the_same(ranks, checkpoint):
     alone = with_llm(folder, greedy_and_sampled, (), {})
     for world_size in (2, 4):
         assert same(ranks(world_size).run(with_llm, folder, greedy_and_sampled, (), {})) == alone
+
+
+def with_transport(folder: Path, name: str) -> list[Any]:
+    original = runner.open_transport
+    runner.open_transport = lambda config, ranks: TRANSPORTS[name](original(config, ranks), ranks)
+    try:
+        return [with_llm(folder, greedy_and_sampled, (), {"overlap": overlap}) for overlap in ("weave", "fused", "off")]
+    finally:
+        runner.open_transport = original
+
+
+TRANSPORTS: dict[str, Callable[..., Any]] = {
+    "paced": lambda transport, ranks: PacedTransport(transport, Link(bandwidth_bytes_per_s=1e7, latency_s=1e-4)),
+    "collective": lambda transport, ranks: CollectiveTransport(ranks.rank, ranks.world_size, ranks.comm),
+}
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_no_transport_changes_the_text(ranks, checkpoint, transport):
+    """A paced one, and the one that is NCCL's, here over gloo."""
+    folder = checkpoint("llama")
+    expected = with_llm(folder, greedy_and_sampled, (), {})
+    assert same(ranks(2).run(with_transport, folder, transport)) == [expected] * 3
 
 
 def sampled_twice(llm: LLM) -> list[Any]:

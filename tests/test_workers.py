@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests import test_llm as calls
 from tests.test_bad_input import rewrite
@@ -93,6 +94,14 @@ def test_a_second_one_is_refused_while_the_first_is_open(two, checkpoint, world_
     assert len(two.generate(HELLO, GREEDY)) == 1  # the first is none the worse for it
 
 
+def test_killed_between_calls(two):
+    """The last test with these ranks."""
+    (victim,) = pids(two)
+    os.kill(victim, signal.SIGKILL)
+    wait_until_ended([victim])
+    check_lost(two, lambda: two.generate(HELLO))
+
+
 # -- lives and deaths -------------------------------------------------------------------------------------------------
 
 
@@ -131,20 +140,23 @@ def children() -> list[str]:
     return [state for state, parent, *_ in fields if int(parent) == os.getpid()]
 
 
-def lives(folder: str, broken: str) -> None:
+def live(folder: str, broken: str) -> None:
     """One LLM after another, each ended in another way; afterwards no trace of it is left. The last is not closed."""
-    expected = ordinary_life(folder)
-    assert ordinary_life(folder, tensor_parallel_size=1) == expected
+    failing_block(folder)  # the first loads what stays loaded
     before = traces()
     assert children() == []
-    for life in (failing_block, killed_in_a_call, killed_between_calls, killed_in_an_open_stream):
+    for life in (
+        one_rank,
+        killed_in_a_call,
+        killed_in_an_open_stream,
+        worker_that_does_not_start,
+        beside_another_group,
+    ):
         life(folder)
         assert traces() == before, (life.__name__, traces(), before)
-    for life, model in ((bad_model, broken), (worker_that_does_not_start, folder)):
-        life(model)
-        assert traces() == before, (life.__name__, traces(), before)
+    bad_model(broken)
+    assert traces() == before, ("bad_model", traces(), before)
     llm = open_two(folder)
-    assert tokens(llm.generate(PROMPTS, GREEDY)) == expected
     left_open(llm)
     print(*pids(llm))
 
@@ -156,9 +168,9 @@ def left_open(llm: LLM) -> None:
     builtins.left_open = llm, stream
 
 
-def ordinary_life(folder: str, **options: Any) -> list[list[int]]:
-    with open_two(folder, **options) as llm:
-        return tokens(llm.generate(PROMPTS, GREEDY))
+def one_rank(folder: str) -> None:
+    with open_two(folder, tensor_parallel_size=1) as llm:
+        assert len(llm.generate(PROMPTS, GREEDY)) == len(PROMPTS)
 
 
 def failing_block(folder: str) -> None:
@@ -174,14 +186,6 @@ def killed_in_a_call(folder: str) -> None:
     (victim,) = pids(llm)
     threading.Timer(0.2, os.kill, (victim, signal.SIGKILL)).start()
     check_lost(llm, lambda: llm.generate([PROMPTS[1]] * 5, LONG))
-
-
-def killed_between_calls(folder: str) -> None:
-    llm = open_two(folder)
-    (victim,) = pids(llm)
-    os.kill(victim, signal.SIGKILL)
-    wait_until_ended([victim])
-    check_lost(llm, lambda: llm.generate(HELLO))
 
 
 def killed_in_an_open_stream(folder: str) -> None:
@@ -221,13 +225,20 @@ def worker_that_does_not_start(folder: str) -> None:
         sys.executable = executable
 
 
+def beside_another_group(folder: str) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with pytest.raises(ValueError, match=r"^tensor_parallel_size=2, but this process is one of 1 already "):
+        open_two(folder)
+    dist.destroy_process_group()
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_however_it_ends_nothing_is_left(checkpoint, tmp_path):
     """Under the variables of a torchrun with one process, too, whose store is not for these ranks."""
     of_torchrun = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     of_torchrun |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     broken = without_a_tensor(checkpoint("llama"), tmp_path / "broken")
-    script = run_script("lives", checkpoint("llama"), broken, folder=tmp_path, **of_torchrun)
+    script = run_script("live", checkpoint("llama"), broken, folder=tmp_path, **of_torchrun)
     out, err = script.communicate(timeout=200)
     assert (script.returncode, err) == (0, ""), err
     wait_until_ended([int(pid) for pid in out.split()])
