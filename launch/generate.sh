@@ -114,4 +114,4 @@ done
 cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
 exec "$VENV_PYTHON" "$TOKENWEAVE_ROOT/launch/ranks.py" "${rendezvous[@]}" --nproc-per-node "$nproc" \
-    -m tokenweave.cli generate "${args[@]}"
+    -m -- tokenweave.cli generate "${args[@]}" # after --, torchrun takes no option for an abbreviation of its own

@@ -271,6 +271,7 @@ def test_interrupted_and_killed(checkpoint, tmp_path):
         if number == signal.SIGINT:
             assert err.startswith("Traceback")
             assert err.endswith("KeyboardInterrupt\n")
+            assert err.count("KeyboardInterrupt\n") == 1  # the ranks that it started were not interrupted themselves
             assert "gloo" not in err
             assert "terminate" not in err
         else:

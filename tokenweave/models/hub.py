@@ -48,4 +48,4 @@ def _download(hub_id: str) -> Path:
         raise CheckpointError(
             f"model {hub_id!r} is no folder here and could not be downloaded ({why}); check the id, the network and, "
             "for a gated model, `hf auth login`, or give a local folder"
-        ) from error
+        ) from None  # the clients' own chains of tracebacks are a hundred lines that say no more
