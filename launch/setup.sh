@@ -108,7 +108,7 @@ install_torch() {
 }
 
 build() { # $1: a Python
-    local extras=test
+    local extras=test,nvrtc
     if ((GPUS)); then extras=test,cuda; fi
     say "setting up $TOKENWEAVE_VENV: takes a minute or more; log in $STATE/setup.log"
     : >"$STATE/setup.log"

@@ -57,7 +57,7 @@ def test_a_value_that_cannot_be(options, message):
     ("options", "message"),
     [
         ({"block_sise": 3}, r"^EngineConfig has no option 'block_sise'; did you mean 'block_size'\?$"),
-        ({"zzz": 3}, r"^EngineConfig has no option 'zzz'; the options are block_size, device, .*trace$"),
+        ({"zzz": 3}, r"^EngineConfig has no option 'zzz'; the options are block_size, comm, device, .*trace$"),
     ],
 )
 def test_an_unknown_option(options, message):

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from tokenweave.comm.choice import COMMS
 from tokenweave.comm.link import Link
 from tokenweave.engine.policy import Policy
 from tokenweave.keywords import known_keywords
@@ -23,6 +24,7 @@ class EngineConfig:
     model: str
     overlap: str = "auto"  # "off": plain all-reduce | "fused": sharded sums, no split | "weave": two halves | "auto"
     dtype: str = "auto"  # "auto": what the checkpoint states, and float32 on a CPU
+    comm: str = "auto"  # the sums of "fused" and "weave": "multimem" | "peer" (one kernel) | "sharded" (collectives)
     device: str = "auto"  # "auto": CUDA where there is one
     max_num_batched_tokens: int = 2048  # tokens of one step, prefill and decode together
     max_num_seqs: int = 64  # sequences that run at once
@@ -42,6 +44,7 @@ class EngineConfig:
         one_of("overlap", self.overlap, OVERLAPS)
         one_of("dtype", self.dtype, DTYPES)
         one_of("device", self.device, DEVICES)
+        one_of("comm", self.comm, COMMS)
         for name in ("max_num_batched_tokens", "max_num_seqs", "block_size"):
             whole_number(name, getattr(self, name))
         for name in ("num_kv_blocks", "max_model_len", "tensor_parallel_size"):

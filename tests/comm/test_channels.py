@@ -15,8 +15,9 @@ from tokenweave.shard import shards
 from tokenweave.weave.lanes import InlineLane, ThreadLane
 from tokenweave.weave.request import Gather, Reduce, Rows
 
-HIDDEN = 16
+HIDDEN = 64
 MAX_ROWS = 40
+SMS = {"attn": 3, "mlp": 2}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.06, torch.float16: 0.008}  # of a few roundings, of values about 1
 
 each_world = pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -78,7 +79,7 @@ def run_cases(form: str, cases: Sequence[Case]) -> list[list[torch.Tensor]]:
 
 
 def run_case(communicator: Communicator, form: str, case: Case) -> list[torch.Tensor]:
-    channel = communicator.open(case.rows, 0, InlineLane(), form)
+    channel = communicator.open(case.rows, 0, InlineLane(), form, SMS)
     return [give_back(channel, request) for request in requests(case, communicator.rank)]
 
 
@@ -123,7 +124,7 @@ def drawn(name: str, step: int, dtype: torch.dtype, *shape: int) -> torch.Tensor
 def two_halves_in_turn(form: str, case: Case) -> list[list[torch.Tensor]]:
     """The sums of two halves interleaved on a lane of their own, as the weave does it; both over the same data."""
     communicator, lane = open_communicator(case.dtype), ThreadLane(timeout_s=60)
-    channels = [communicator.open(case.rows, half, lane, form) for half in range(2)]
+    channels = [communicator.open(case.rows, half, lane, form, SMS) for half in range(2)]
     results: list[list[torch.Tensor]] = [[], []]
     for request in requests(case, communicator.rank):
         own = [replace(request, partial=request.partial.clone()) for _ in channels]  # a sum may be made in place
@@ -139,7 +140,7 @@ def gathered(form: str) -> list[torch.Tensor]:
     communicator, results = open_communicator(torch.float32), []
     for rows, columns in ((1, 259), (5, 3), (0, 8)):
         widths = tuple(map(len, shards(columns, communicator.transport.world_size)))
-        channel = communicator.open(rows, 0, InlineLane(), form)
+        channel = communicator.open(rows, 0, InlineLane(), form, SMS)
         part = drawn("logits", 0, torch.float32, rows, columns).split(widths, dim=1)[communicator.rank]
         results.append(Gather(part.contiguous(), widths).submit(channel).wait())
     return results
@@ -214,7 +215,7 @@ def test_gather_joins_ragged_columns(ranks, world_size, form):
 def sent_bytes(form: str, rows: int, kept: tuple[int, ...]) -> int:
     """What this rank sends for a half's first sum, and one that keeps `kept` rows."""
     communicator = open_communicator(torch.float32)
-    channel = communicator.open(rows, 0, InlineLane(), form)
+    channel = communicator.open(rows, 0, InlineLane(), form, SMS)
     for request in requests(Case((EMBED, Sum(rows=kept)), rows), communicator.rank):
         give_back(channel, request)
     return channel.sent_bytes

@@ -19,13 +19,14 @@ constexpr int WORLD = Fused::WORLD, ROW = Fused::ROW_BYTES;
 struct Scenario {
   int rows, residual_rows, channels, launches, dead_rank, dead_from, timeout_ms, absent_ms;
   float eps, offset, post_eps, post_offset;
-  std::vector<int> blocks;       // [launches, ranks]
-  std::vector<int> first_row;    // [WORLD + 1]
+  std::vector<int> blocks;          // [launches, ranks]
+  std::vector<int> claimed_rows;    // [WORLD]: what each rank takes for the row count
+  std::vector<int> first_row;       // [WORLD + 1]
   std::vector<int> first_residual;  // [WORLD]
-  std::vector<int> listed;       // [rows]: row numbers of the residual
+  std::vector<int> listed;          // [rows]: row numbers of the residual
   std::vector<char> weight, post_weight, bias;
-  std::vector<char> partials;    // [channels, launches, ranks, rows, hidden]
-  std::vector<char> residuals;   // [channels, residual_rows, hidden]
+  std::vector<char> partials;   // [channels, launches, ranks, rows, hidden]
+  std::vector<char> residuals;  // [channels, residual_rows, hidden]
 };
 
 template <class T>
@@ -44,6 +45,7 @@ Scenario read(const char* path) {
   auto norms = read<float>(file, 4);
   s.eps = norms[0], s.offset = norms[1], s.post_eps = norms[2], s.post_offset = norms[3];
   s.blocks = read<int>(file, s.launches * WORLD);
+  s.claimed_rows = read<int>(file, WORLD);
   s.first_row = read<int>(file, WORLD + 1);
   s.first_residual = read<int>(file, WORLD);
   s.listed = read<int>(file, s.rows);
@@ -75,14 +77,19 @@ struct Rank {
 struct Channel {
   explicit Channel(const Scenario& s) {
     for (int rank = 0; rank < WORLD; ++rank) {
-      buffers.push_back(std::make_unique<Region>(2 * std::size_t(s.rows) * ROW));
+      std::size_t bytes = std::size_t(s.rows) * ROW;
+      partials.push_back(std::make_unique<Region>(ADJACENT ? 2 * bytes : bytes));
+      hiddens.push_back(std::make_unique<Region>(ADJACENT ? 0 : bytes));
       pads.push_back(std::make_unique<Pad>());
       std::memset(pads.back().get(), 0, sizeof(Pad));
     }
   }
-  char* partial(int rank) { return buffers[rank]->at; }
-  char* hidden(const Scenario& s, int rank) { return buffers[rank]->at + std::size_t(s.rows) * ROW; }
-  std::vector<std::unique_ptr<Region>> buffers;
+  char* partial(int rank) { return partials[rank]->at; }
+  char* hidden(const Scenario& s, int rank) {
+    return ADJACENT ? partial(rank) + std::size_t(s.rows) * ROW : hiddens[rank]->at;
+  }
+  static constexpr bool ADJACENT = Fused::SUM == Sum::MULTIMEM;  // in the one multicast mapping
+  std::vector<std::unique_ptr<Region>> partials, hiddens;
   std::vector<std::unique_ptr<Pad>> pads;
 };
 
@@ -101,6 +108,7 @@ Launch launch_of(const Scenario& s, Channel& channel, std::vector<std::unique_pt
     launch.first_residual[r] = s.first_residual[r];
   }
   for (int r = 0; r <= WORLD; ++r) launch.first_row[r] = s.first_row[r];
+  launch.first_row[WORLD] += s.claimed_rows[rank] - s.rows;
   launch.place.report = &ranks[rank]->report;
   launch.place.timeout_ns = u64(s.timeout_ms) * 1000000;
   launch.place.rank = rank;
@@ -114,7 +122,8 @@ Launch launch_of(const Scenario& s, Channel& channel, std::vector<std::unique_pt
   return launch;
 }
 
-// What one rank does on one lane: write a partial, launch, use the hidden rows, and let go of the partial.
+// What one rank does on one lane: write a partial, launch, use the hidden rows, and let go of the partial. A rank that
+// has given up goes on, as a queue of launches does.
 void play(const Scenario& s, Channel& channel, std::vector<std::unique_ptr<Rank>>& ranks, int rank, int number,
           std::vector<Result>& results) {
   bool all = Fused::SUM == Sum::ONE_SHOT;
@@ -139,9 +148,8 @@ void play(const Scenario& s, Channel& channel, std::vector<std::unique_ptr<Rank>
     Result result;
     result.hidden.assign(channel.hidden(s, rank), channel.hidden(s, rank) + bytes);
     result.residual.assign(launch.residual_out, launch.residual_out + std::size_t(kept) * ROW);
-    std::memset(channel.partial(rank), 0xff, bytes);
+    std::memset(channel.partial(rank), 0xff, bytes);  // as the next layer's GEMM will: nobody may still read it
     results.push_back(std::move(result));
-    if (ranks[rank]->report.reason) return;
   }
 }
 
@@ -181,4 +189,8 @@ int main(int, char** arguments) { return run(read(arguments[1]), arguments[2]); 
 // For a process that plays one rank: the launch of a shared library.
 extern "C" void tokenweave_launch(const Launch* launch, int blocks) {
   host::launch(blocks, Fused::THREADS, Fused::SHARED_BYTES, 0, [=] { fused_allreduce_rmsnorm<Fused>(*launch); });
+}
+
+extern "C" void tokenweave_multicast(const char* base, u64 size, char* const* ranks) {
+  host::multicast = {base, size, {ranks, ranks + WORLD}};
 }

@@ -3,23 +3,66 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
+import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
-from tokenweave.kernels.fused import Geometry, Report, Variant, headers, shape
+from tokenweave.kernels.fused import REASONS, Geometry, Report, Variant, headers, shape
 from tokenweave.shard import shards
 
 HARNESS = Path(__file__).parents[1] / "csrc" / "twin.cpp"
 COMPILER = shutil.which("g++")
+THREAD = ("-g1", "-fsanitize=thread")
+ADDRESS = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SANITIZER_OPTIONS = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-missing-field-initializers")
+
+
+def twin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where this session's compiled programs are kept. Skips the test where there is no g++."""
+    if COMPILER is None:
+        pytest.skip("needs g++ to run the kernel as threads, this machine has none")
+    folder = tmp_path_factory.getbasetemp() / "twins"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@functools.cache
+def prefix(flags: tuple[str, ...]) -> tuple[str, ...]:
+    """The command that a program compiled with `flags` is to be started by.
+
+    ThreadSanitizer of old compilers stands no random addresses. Skips the test where a sanitizer does not run at all.
+    """
+    if not flags:
+        return ()
+    with tempfile.TemporaryDirectory() as place:
+        source, program = Path(place) / "empty.cpp", Path(place) / "empty"
+        source.write_text("int main() {}\n")
+        errors = failure([COMPILER, *flags, source, "-o", program])
+        for words in (("setarch", "-R"), ()) if errors is None else ():
+            errors = failure([*words, program])
+            if errors is None:
+                return words
+    pytest.skip(f"a program compiled with {' '.join(flags)} does not run here: {errors}")
+
+
+def failure(command: Sequence[str | Path]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except FileNotFoundError as error:
+        return str(error)
+    return done.stderr or f"exit code {done.returncode}" if done.returncode else None
 
 
 def compile_twin(
@@ -41,7 +84,11 @@ def compile_twin(
 
 @dataclass
 class Scenario:
-    """What one run of the program is given. Tensors are made from `seed`."""
+    """What one run of the program is given. Tensors are made from `seed`.
+
+    Every rank writes its partial, launches, uses its hidden rows and overwrites its partial, for each of the launches.
+    The residual of a launch is what the launch before has kept, or the same for all where it is listed or not kept.
+    """
 
     variant: Variant
     layout: Geometry
@@ -50,7 +97,9 @@ class Scenario:
     channels: int = 1
     listed: tuple[int, ...] | None = None  # rows of a residual of `residual_rows` rows; `rows` is then their number
     residual_rows: int | None = None
-    eps: float = 1e-5
+    claimed_rows: tuple[int, ...] | None = None  # what each rank takes for the row count
+    eps: float = 0.125  # large enough to be seen
+    post_eps: float = 0.5
     offset: float = 0.0
     post_offset: float = 0.0
     dead_rank: int = -1
@@ -61,6 +110,8 @@ class Scenario:
 
     def __post_init__(self) -> None:
         v, generator = self.variant, torch.Generator().manual_seed(self.seed)
+        assert v.listed == (self.listed is not None), "a variant that is listed needs a list of rows"
+        self.claimed_rows = self.claimed_rows or (self.rows,) * v.world_size
         self.residual_rows = self.residual_rows or self.rows
         self.blocks = [each * v.world_size if len(each) == 1 else each for each in self.blocks]
         self.launches = len(self.blocks)
@@ -83,10 +134,10 @@ class Scenario:
         one_shot = self.variant.sum == "one_shot"
         head = (self.rows, self.residual_rows, self.channels, self.launches)
         words = [*head, self.dead_rank, self.dead_from, self.timeout_ms, self.absent_ms]
-        after = [*(b for each in self.blocks for b in each), *first]
+        after = [*(b for each in self.blocks for b in each), *self.claimed_rows, *first]
         after += [0 if one_shot else owned.start for owned in self.owned]
         after += self.listed if self.listed is not None else range(self.rows)
-        floats = [self.eps, self.offset, self.eps, self.post_offset]
+        floats = [self.eps, self.offset, self.post_eps, self.post_offset]
         tensors = (self.weight, self.post_weight, self.bias, self.partials, self.residuals)
         with path.open("wb") as file:
             for part in (np.array(words, np.int32), np.array(floats, np.float32), np.array(after, np.int32)):
@@ -95,33 +146,51 @@ class Scenario:
                 file.write(raw(tensor))
 
     def expected(self) -> tuple[Tensor, Tensor]:
-        """(hidden, residual) of every channel and launch, [channels, launches, rows, hidden] fp64, in plain torch."""
-        v = self.variant
+        """(hidden, residual) of every channel and launch, [channels, launches, rows, hidden] fp64.
+
+        In fp64, but rounded to the dtype wherever the kernel rounds.
+        """
         hiddens, residuals = [], []
         for channel in range(self.channels):
             residual = self.residuals[channel].double()
             if self.listed is not None:
                 residual = residual[list(self.listed)]
             for launch in range(self.launches):
-                total = self.partials[channel, launch].double().sum(0)
-                if v.bias:
-                    total = total + self.bias.double()
-                if v.post_norm:
-                    total = normed(total, self.post_weight, self.post_offset, self.eps)
-                new = total + residual if v.residual else total
-                hiddens.append(normed(new, self.weight, self.offset, self.eps) if v.norm else new)
+                hidden, new = self.fused(self.partials[channel, launch].double(), residual)
+                hiddens.append(hidden)
                 residuals.append(new)
-                residual = new.to(v.dtype).double()
-        size = (self.channels, self.launches, self.rows, v.hidden_size)
+                if self.variant.keep and self.listed is None:
+                    residual = new
+        size = (self.channels, self.launches, self.rows, self.variant.hidden_size)
         return torch.stack(hiddens).view(size), torch.stack(residuals).view(size)
+
+    def fused(self, partials: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(hidden, residual) of one launch, from [ranks, rows, hidden] and [rows, hidden]."""
+        v = self.variant
+        total = partials.sum(0)
+        if v.sum == "multimem":  # the switch rounds its sum
+            total = self.rounded(total)
+        if v.bias:
+            total = total + self.bias.double()
+        if v.post_norm:
+            total = normed(self.rounded(total), total, self.post_weight, self.post_offset, self.post_eps)
+        if v.residual:
+            total = total + residual
+        kept = self.rounded(total)
+        hidden = normed(kept, total, self.weight, self.offset, self.eps) if v.norm else kept
+        return self.rounded(hidden), kept
+
+    def rounded(self, x: Tensor) -> Tensor:
+        return x.to(self.variant.dtype).double()
 
 
 def raw(tensor: Tensor) -> bytes:
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def normed(x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (offset + weight.double())
+def normed(x: Tensor, exact: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
+    """RMSNorm of `x`, by the mean square of what `x` was before it was rounded."""
+    return x * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps) * (offset + weight.double())
 
 
 @dataclass
@@ -135,12 +204,26 @@ class Outcome:
     stderr: str
 
 
-def run_twin(program: Path, scenario: Scenario, folder: Path, timeout_s: float = 120.0) -> Outcome:
+def problem(
+    scenario: Scenario, folder: Path, flags: tuple[str, ...] = (), source: Path | None = None, timeout_s: float = 120.0
+) -> str | None:
+    """What goes wrong when the scenario is run, or None."""
+    program = compile_twin(scenario.variant, scenario.layout, folder, *flags, source=source)
+    try:
+        return wrong(scenario, run_twin(program, scenario, folder, prefix(flags), timeout_s))
+    except subprocess.TimeoutExpired:
+        return f"hang: no result within {timeout_s} s"
+
+
+def run_twin(
+    program: Path, scenario: Scenario, folder: Path, prefix: tuple[str, ...] = (), timeout_s: float = 120.0
+) -> Outcome:
     """Raises subprocess.TimeoutExpired when the ranks hang."""
     with tempfile.TemporaryDirectory(dir=folder) as place:
         given, results = Path(place) / "scenario", Path(place) / "results"
         scenario.write(given)
-        done = subprocess.run([program, given, results], capture_output=True, text=True, timeout=timeout_s)
+        command, environment = [*prefix, program, given, results], {**os.environ, **SANITIZER_OPTIONS}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment)
         data = results.read_bytes() if results.exists() else b""
     if not data:
         return Outcome([], [], [], done.returncode or 1, done.stderr)
@@ -174,7 +257,9 @@ def parse(scenario: Scenario, data: bytes, returncode: int, stderr: str) -> Outc
     return Outcome(hidden, residual, reports, returncode, stderr)
 
 
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # relative: a rounding, and a little
+# Of a row, in roundings of the dtype, as the root mean square of its errors. Where a half type is rounded as it should
+# be, nearly all values are exactly what fp64 says; one value of a hundred lay halfway, and is off by one rounding.
+TOLERANCE = {torch.float32: 4.0, torch.bfloat16: 0.12, torch.float16: 0.12}
 
 
 def wrong(scenario: Scenario, outcome: Outcome) -> str | None:
@@ -183,7 +268,7 @@ def wrong(scenario: Scenario, outcome: Outcome) -> str | None:
         return f"exit code {outcome.returncode}: {outcome.stderr[-2000:]}"
     for report in outcome.reports:
         if report.reason:
-            return f"rank {report.rank} gave up on rank {report.peer}: reason {report.reason}"
+            return f"rank {report.rank} gave up on rank {report.peer}: {REASONS[report.reason]}"
     hidden, residual = scenario.expected()
     for channel in range(scenario.channels):
         for launch in range(scenario.launches):
@@ -193,9 +278,9 @@ def wrong(scenario: Scenario, outcome: Outcome) -> str | None:
                 if not torch.equal(mine.view(torch.uint8), outcome.hidden[channel][0][launch].view(torch.uint8)):
                     return f"{where}: not bitwise what rank 0 holds"
                 if (far := distance(mine, hidden[channel, launch], scenario)) is not None:
-                    return f"{where}: hidden is off by {far}"
+                    return f"{where}: hidden is off by {far:.3g} roundings"
                 if scenario.variant.keep and (far := shard_distance(scenario, outcome, residual, channel, launch, rank)):
-                    return f"{where}: residual is off by {far}"
+                    return f"{where}: residual is off by {far:.3g} roundings"
     return None
 
 
@@ -203,21 +288,20 @@ def shard_distance(
     scenario: Scenario, outcome: Outcome, residual: Tensor, channel: int, launch: int, rank: int
 ) -> float | None:
     owned = range(scenario.rows) if scenario.variant.sum == "one_shot" else scenario.owners[rank]
-    if not len(owned):
-        return None
     return distance(outcome.residual[channel][rank][launch], residual[channel, launch][list(owned)], scenario)
 
 
 def distance(value: Tensor, expected: Tensor, scenario: Scenario) -> float | None:
-    """The largest error if it is beyond the tolerance. What is added up grows, and with it what one rounding is.
-
-    Where the switch adds, its sum is rounded before the residual is added; so is a total before its post_norm.
-    """
+    """The error of the worst row, in roundings, if it is beyond the tolerance."""
     if not value.numel():
         return None
-    roundings = 1 + (scenario.variant.sum == "multimem") + scenario.variant.post_norm + scenario.launches
-    size = 3.0 * scenario.variant.world_size**0.5 + expected.abs()
-    error = (value.double() - expected).abs() / size
-    worst = float(error.nan_to_num(nan=torch.inf).max())
-    return worst if worst > roundings * TOLERANCE[scenario.variant.dtype] else None
+    worst = float(row_errors(value, expected).max())
+    return None if worst <= TOLERANCE[value.dtype] else worst
 
+
+def row_errors(value: Tensor, expected: Tensor) -> Tensor:
+    """[rows]: root mean square of the errors, in spacings of the dtype at the value, or at the row's size if larger."""
+    row = expected.square().mean(-1, keepdim=True).sqrt()
+    spacing = torch.finfo(value.dtype).eps * torch.exp2(torch.maximum(expected.abs(), row).log2().floor())
+    errors = ((value.double() - expected) / spacing).square().mean(-1).sqrt()
+    return errors.nan_to_num(nan=torch.inf)

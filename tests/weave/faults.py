@@ -80,5 +80,5 @@ def hidden_is_the_other_partial(runner: Runner) -> Iterator[None]:
 
 
 def halves(runner: Runner) -> list[Any]:
-    runner.communicator.open(1, 1, runner.lane, "reference")
+    runner.communicator.open(1, 1, runner.lane, "reference", {})
     return runner.communicator._halves[:2]

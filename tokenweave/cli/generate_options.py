@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tokenweave.cli.options import Option
+from tokenweave.comm.choice import COMMS
 from tokenweave.config import DEVICES, DTYPES, OVERLAPS
 
 MODEL = (
@@ -19,6 +20,12 @@ MODEL = (
         "off: plain all-reduce, the baseline; fused: sums in shards, batches not split; weave: two halves, one "
         "computes while the other's sum is on the wire; auto: what is measured to be fastest",
         choices=OVERLAPS,
+    ),
+    Option(
+        "comm",
+        "how fused and weave form their sums. multimem, peer: one kernel, through NVLink multicast or the peers' "
+        "memory; sharded: reduce-scatter and all-gather; auto: the first of these that every rank can",
+        choices=COMMS,
     ),
 )
 

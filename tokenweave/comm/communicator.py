@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,6 +144,8 @@ FORMS = {"reference": Channel, "sharded": ShardedChannel}
 class Communicator:
     """Opens channels: one per half and step. `form` is chosen at `open` and fixed for the strand's life."""
 
+    can_give_up = False  # whether `check` may find that a launch did
+
     def __init__(
         self, transport: Transport, rank: int, max_rows: int, hidden_size: int, dtype: torch.dtype, device: Any
     ):
@@ -151,8 +154,11 @@ class Communicator:
         self._halves: list[Buffers] = []
         self._make = lambda: Buffers(max_rows, hidden_size, transport.world_size, dtype, device)
 
-    def open(self, rows: int, half: int, lane: Any, form: str) -> Channel:
-        """The channel of one half of `rows` rows; its sums run on `lane`."""
+    def open(self, rows: int, half: int, lane: Any, form: str, sms: Mapping[str, int]) -> Channel:
+        """The channel of one half of `rows` rows; its sums run on `lane`. sms: how many a kernel may take, by site."""
         while len(self._halves) <= half:
             self._halves.append(self._make())
         return FORMS[form](rows, half, self._halves[half], self.transport, lane, self.rank)
+
+    def check(self) -> None:
+        """Raises PeerError if a sum that is done gave up on a rank."""

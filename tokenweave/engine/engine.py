@@ -32,7 +32,9 @@ class Step:
 def run_step(runner: Runner, step: Step) -> Sampled:
     """The same on every rank: forward, then draw from the gathered logits, which gives every rank the same tokens."""
     logits = runner.forward(step.batch, step.plan)
-    return sample(logits, step.rows)
+    sampled = sample(logits, step.rows)
+    runner.check()
+    return sampled
 
 
 class Engine:

@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenweave.comm.communicator import Communicator
 from tokenweave.comm.group import Ranks
-from tokenweave.comm.link import PacedTransport
-from tokenweave.comm.transport import CollectiveTransport, GlooTransport, LocalTransport, Transport
 from tokenweave.config import EngineConfig
 from tokenweave.engine.batch import Batch, Half, Span
+from tokenweave.engine.communication import open_communicator, open_transport
 from tokenweave.engine.kv_cache import allocate_storage
 from tokenweave.models.checkpoint import Checkpoint
 from tokenweave.models.decoder import Decoder
@@ -56,9 +54,7 @@ class Runner:
         self.model = Decoder(self.spec, hf_config, self.max_model_len, place)
         self._load(Checkpoint(folder))
         self.transport = open_transport(config, ranks)
-        self.communicator = Communicator(
-            self.transport, ranks.rank, config.max_num_batched_tokens, self.spec.hidden_size, self.dtype, ranks.device
-        )
+        self.communicator = open_communicator(config, ranks, self.transport, self.dtype, self.spec.hidden_size)
         self.inline = InlineLane(watching)
         self.lane = open_lane(ranks.device, ranks.timeout_s, watching)
 
@@ -67,7 +63,7 @@ class Runner:
         """Logits [rows that make logits, vocabulary] fp32, the same on every rank."""
         lane = self.inline if plan.cut is None else self.lane
         bounds = enumerate(plan.bounds)
-        channels = [self.communicator.open(stop - start, i, lane, plan.form) for i, (start, stop) in bounds]
+        channels = [self.communicator.open(stop - start, i, lane, plan.form, plan.sms) for i, (start, stop) in bounds]
         halves = [
             Half(batch.narrow(*bound), self.storage, channel)
             for bound, channel in zip(plan.bounds, channels, strict=True)
@@ -82,6 +78,12 @@ class Runner:
         """A prompt of `rows` tokens in the cache's first blocks, to time or warm up a step with."""
         blocks = tuple(range(-(-rows // self.config.block_size)))
         return Batch((Span((0,) * rows, 0, blocks, prompt_len=rows, wanted=1),))
+
+    def check(self) -> None:
+        """Raises PeerError if a sum of the last step gave up on a rank: what it left behind is of no use."""
+        if self.communicator.can_give_up:
+            self.synchronize()
+            self.communicator.check()
 
     def synchronize(self) -> None:
         """Wait until everything that was queued is done."""
@@ -125,18 +127,6 @@ class Runner:
         except RuntimeError as error:  # torch's way to say out of memory
             size = f"{blocks} KV blocks of {block_bytes} bytes"
             raise ValueError(f"there is no memory for {size}; lower num_kv_blocks, or free memory") from error
-
-
-def open_transport(config: EngineConfig, ranks: Ranks) -> Transport:
-    """How this rank's bytes move: not at all, over gloo, or by NCCL's collectives; paced where a link is set."""
-    if ranks.world_size == 1:
-        return LocalTransport()
-    if ranks.device.type == "cuda":
-        if config.link is not None:
-            raise ValueError("link paces the comm lane of a CPU; on CUDA leave it out")
-        return CollectiveTransport(ranks.rank, ranks.world_size, ranks.comm)
-    transport = GlooTransport(ranks.rank, ranks.world_size, ranks.comm)
-    return PacedTransport(transport, config.link) if config.link is not None else transport
 
 
 def pick_dtype(asked: str, hf_config: Any, device: torch.device) -> torch.dtype:

@@ -24,7 +24,9 @@ BLOCK_THREADS = 256  # at most: each may then use 255 registers, which a row and
 VECTORS_PER_THREAD = 20  # of a row, at most: twice 80 registers
 LOADS_IN_FLIGHT = 16  # 16-byte loads for each thread, at least: 64 KB for a block
 SHARED_BYTES = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10, (10, 3): 227 << 10}
-LEAST_SHARED_BYTES = 99 << 10  # of a block on any GPU since compute capability 8.0 (CUDA C++ programming guide, table 30)
+LEAST_SHARED_BYTES = (
+    99 << 10
+)  # of a block on any GPU since compute capability 8.0 (CUDA C++ programming guide, table 30)
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ def without_norm(variant: Variant) -> Variant:
     return replace(variant, residual=False, listed=False, bias=False, post_norm=False, norm=False, keep=False)
 
 
-# -- what a launch is given: the structs of barrier.cuh and kernel.cuh ---------------------------------------------------
+# -- what a launch is given: the structs of barrier.cuh and kernel.cuh -------------------------------------------------
 
 Pointers = ctypes.c_uint64 * MAX_RANKS
 
@@ -184,7 +186,8 @@ REASONS = {1: "timeout", 2: "mismatch", 3: "aborted"}
 
 class Report(ctypes.Structure):
     _fields_ = tuple(
-        (name, ctypes.c_uint64) for name in ("rank", "peer", "channel", "block", "expected", "seen", "told_by", "reason")
+        (name, ctypes.c_uint64)
+        for name in ("rank", "peer", "channel", "block", "expected", "seen", "told_by", "reason")
     )
 
 

@@ -8,10 +8,14 @@ import re
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 TOOL_TIMEOUT_S = 60.0
+LABEL = re.compile(r"(\.L_\w+):")
+LOWER_HALF = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;\s*/\* 0x[0-9a-f]{16} \*/")
+UPPER_HALF = re.compile(r"\s*/\* 0x([0-9a-f]{16}) \*/")
+TARGET = re.compile(r"`\((\.L_\w+)\)")
 
 
 class ToolMissing(RuntimeError):
@@ -37,6 +41,33 @@ class Resources:
         return self.local_bytes > 0 or self.stack_bytes > 0
 
 
+@dataclass(frozen=True)
+class Instruction:
+    """A line of SASS with the scheduling that ptxas fixed for it, which nvdisasm does not print.
+
+    NVIDIA does not document the encoding; it has been the same from compute capability 7.0 to 10.0. A load counts its
+    scoreboard (0 to 5) up when issued and down when its data is there; who waits for a scoreboard waits until it is 0.
+    """
+
+    address: int
+    text: str  # such as "@!P0 BRA 0x1a0"
+    stall_clocks: int  # before this warp may issue its next instruction
+    sets: int | None  # the scoreboard of what it loads
+    waits_for: frozenset[int]
+
+    @property
+    def opcode(self) -> str:
+        """With its modifiers, such as "LDG.E.128"."""
+        words = self.text.split()
+        return words[1] if words[0].startswith("@") else words[0]
+
+    @property
+    def target(self) -> int | None:
+        """The address that a branch goes to."""
+        found = re.search(r" (0x[0-9a-f]+)$", self.text) if self.opcode.startswith("BRA") else None
+        return int(found[1], 16) if found else None
+
+
 def resources(cubin: bytes, kernel: str | None = None) -> Resources:
     """Of that kernel, or of the only one. Raises ToolMissing, and ValueError where there is no such kernel."""
     found = parse_resources(run_tool("cuobjdump", "--dump-resource-usage", cubin=cubin))
@@ -49,6 +80,46 @@ def resources(cubin: bytes, kernel: str | None = None) -> Resources:
 def sass(cubin: bytes) -> str:
     """The machine code of all kernels, one instruction a line, each kernel after its label. Raises ToolMissing."""
     return run_tool("nvdisasm", "--print-code", cubin=cubin)
+
+
+def instructions(cubin: bytes) -> list[Instruction]:
+    """The machine code of a cubin with one kernel, in the order of addresses. Raises ToolMissing."""
+    return parse_instructions(run_tool("nvdisasm", "--print-code", "--print-instruction-encoding", cubin=cubin))
+
+
+def row_loop(code: list[Instruction]) -> list[Instruction]:
+    """The one loop that stores 16 bytes at a time: of a kernel that works row by row, what it does for a row."""
+    spans = [(each.target, each.address) for each in code if each.target is not None and each.target < each.address]
+    loops = [[each for each in code if first <= each.address <= last] for first, last in spans]
+    found = [loop for loop in loops if stores_vectors(loop) and not any(each.opcode == "EXIT" for each in loop)]
+    if len(found) != 1:
+        raise ValueError(f"expected one loop with 16-byte stores, found {len(found)}")
+    return found[0]
+
+
+def stores_vectors(code: list[Instruction]) -> bool:
+    return any(each.opcode.startswith("STG.E.128") for each in code)
+
+
+def parse_instructions(listing: str) -> list[Instruction]:
+    """From lines `/*0010*/ @!P0 BRA `(.L_x_1) ; /* 0x... */`, each followed by the encoding's upper half."""
+    found, labels, waiting = [], {}, []
+    for line in listing.splitlines():
+        if label := LABEL.match(line):
+            waiting.append(label[1])
+        elif lower := LOWER_HALF.match(line):
+            address, text = int(lower[1], 16), lower[2]
+            labels.update(dict.fromkeys(waiting, address))
+            waiting = []
+        elif upper := UPPER_HALF.match(line):
+            found.append(scheduled(address, text, int(upper[1], 16)))
+    return [replace(each, text=TARGET.sub(lambda label: hex(labels[label[1]]), each.text)) for each in found]
+
+
+def scheduled(address: int, text: str, upper: int) -> Instruction:
+    """The scheduling is in the upper half: 4 bits of stall from bit 41 on, a yield hint, 2 x 3 bits, 6 bits to wait for."""
+    stall, sets, waits = upper >> 41 & 15, upper >> 46 & 7, upper >> 52 & 63
+    return Instruction(address, text, stall, None if sets == 7 else sets, frozenset(n for n in range(6) if waits >> n & 1))
 
 
 def parse_resources(listing: str) -> dict[str, Resources]:
@@ -78,14 +149,14 @@ def cuda_folder() -> Path | None:
     return Path(home) / "bin" if home else None
 
 
-def run_tool(name: str, option: str, *, cubin: bytes) -> str:
+def run_tool(name: str, *options: str, cubin: bytes) -> str:
     tool = find_tool(name)
     if tool is None:
         raise ToolMissing(f"{name} was not found in Triton's wheel, on PATH or in CUDA_HOME/bin: pip install triton")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([tool, option, file.name], capture_output=True, text=True, timeout=TOOL_TIMEOUT_S)
+        done = subprocess.run([tool, *options, file.name], capture_output=True, text=True, timeout=TOOL_TIMEOUT_S)
     if done.returncode:
         raise ValueError(f"{name} does not take this cubin: {(done.stderr or done.stdout).strip()}")
     return done.stdout

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+ALONE_SMS = (
+    16  # of a sum that nothing computes beside: TokenWeave's fused kernel is no faster with more (its Figure 10)
+)
+BESIDE_SMS = 4  # of one that runs beside GEMMs, which get the rest
 MARGIN = 0.95  # auto leaves the baseline only for a plan predicted to take at most this share of its time: timing noise
 
 
@@ -16,6 +20,13 @@ class Plan:
     cut: int | None = None  # the first row of the second half
     form: str = "reference"  # of the sum: "reference" | "sharded"
     reason: str = ""
+    attention_sms: int = ALONE_SMS  # of the fused kernel, for the sum after attention
+    mlp_sms: int = ALONE_SMS  # and after the MLP
+
+    @property
+    def sms(self) -> dict[str, int]:
+        """By the sites of requests."""
+        return {"attn": self.attention_sms, "mlp": self.mlp_sms}
 
     @property
     def bounds(self) -> list[tuple[int, int]]:
@@ -56,7 +67,7 @@ def plan_step(overlap: str, rows: int, times: StepTimes | None) -> Plan:
 
 def _forced(mode: str, rows: int, reason: str) -> Plan:
     if mode == "weave" and rows >= 2:
-        return Plan(rows, (rows + 1) // 2, "sharded", reason)
+        return Plan(rows, (rows + 1) // 2, "sharded", reason, BESIDE_SMS, BESIDE_SMS)
     return Plan(rows, None, "reference" if mode == "off" else "sharded", reason)
 
 

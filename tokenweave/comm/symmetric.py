@@ -1,0 +1,89 @@
+"""Symmetric memory: one allocation of the same layout on every rank, which every rank's GPU can address."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenweave.comm.group import Ranks
+from tokenweave.kernels.fused import Abort, Pad
+
+HALVES = 2
+ALIGNMENT_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class SymmetricMemory:
+    """local: uint8 [bytes], this rank's part. addresses: of each rank's part, as this rank's device sees it.
+    multicast: the address that stands for all of them, or 0."""
+
+    local: Tensor
+    addresses: tuple[int, ...]
+    multicast: int = 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Byte offsets into the allocation: the abort words of the rank, then for each half pads, partial and hidden."""
+
+    max_rows: int
+    hidden_size: int
+    dtype: torch.dtype
+
+    @property
+    def rows_bytes(self) -> int:
+        return aligned(self.max_rows * self.hidden_size * self.dtype.itemsize)
+
+    @property
+    def half_bytes(self) -> int:
+        return aligned(ctypes.sizeof(Pad)) + 2 * self.rows_bytes
+
+    @property
+    def abort(self) -> int:
+        return 0
+
+    def pad(self, half: int) -> int:
+        return aligned(ctypes.sizeof(Abort)) + half * self.half_bytes
+
+    def partial(self, half: int) -> int:
+        return self.pad(half) + aligned(ctypes.sizeof(Pad))
+
+    def hidden(self, half: int) -> int:
+        return self.partial(half) + self.rows_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return self.pad(HALVES)
+
+    def rows(self, memory: Tensor, offset: int) -> Tensor:
+        """[max_rows, hidden_size] at `offset` of a rank's memory."""
+        size = self.max_rows * self.hidden_size * self.dtype.itemsize
+        return memory[offset : offset + size].view(self.dtype).view(self.max_rows, self.hidden_size)
+
+    def signals(self, memory: Tensor) -> list[Tensor]:
+        """The parts that must be zero before the first launch: abort words, and the pads of every half."""
+        starts = [(self.abort, ctypes.sizeof(Abort)), *((self.pad(half), ctypes.sizeof(Pad)) for half in range(HALVES))]
+        return [memory[start : start + size] for start, size in starts]
+
+
+def aligned(size_bytes: int) -> int:
+    return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def open_symmetric(size_bytes: int, ranks: Ranks) -> SymmetricMemory:
+    """Collective: allocate on every rank, and exchange addresses. Raises RuntimeError where torch cannot."""
+    from torch.distributed import (
+        _symmetric_memory as symmetric,
+    )  # private, but the only way; present in torch 2.5 to 2.13
+
+    local = symmetric.empty(size_bytes, dtype=torch.uint8, device=ranks.device)
+    handle = symmetric.rendezvous(local, ranks.control.group_name)
+    # Newer versions of torch add the tensor's offset in its allocation to the multicast address, older ones do not. A
+    # tensor of its own has none.
+    offset = int(getattr(handle, "offset", 0))
+    if offset:
+        raise RuntimeError(f"symmetric memory starts at offset {offset} of its allocation, expected 0: report this")
+    return SymmetricMemory(local, tuple(handle.buffer_ptrs), int(handle.multicast_ptr or 0))

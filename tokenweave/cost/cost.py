@@ -1,0 +1,93 @@
+"""Cost: what a model's parts and requests take on one rank of a machine."""
+
+from __future__ import annotations
+
+from tokenweave.cost.collectives import AnalyticCollectives, Collectives, best_implementation, gather_s
+from tokenweave.cost.hardware import Hardware
+from tokenweave.cost.parts import ModelParts, Part
+from tokenweave.cost.shape import ModelShape
+from tokenweave.cost.work import Work
+
+MOST_TAKEN = 0.5  # of the memory's bandwidth, by a collective
+
+
+class Cost:
+    """Seconds on one of W ranks. What does not depend on the batch is done once, here; `Step` then asks about a batch.
+
+    collectives: None = by data sheet. graph: kernels come from a CUDA graph, not one by one from the host.
+    drops_rows: the last layer ends on the rows that make logits alone, as this runtime does it; False: on all rows.
+    Raises ValueError for a world size that cannot share the model's heads.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        hardware: Hardware,
+        world_size: int,
+        collectives: Collectives | None = None,
+        *,
+        drops_rows: bool = True,
+        graph: bool = False,
+    ):
+        self.shape, self.hardware, self.world_size, self.graph = shape, hardware, world_size, graph
+        self.parts = ModelParts(shape, hardware, world_size, drops_rows)
+        self.row_bytes = shape.hidden_size * shape.dtype_bytes
+        self.collectives = collectives or AnalyticCollectives(hardware, world_size, self.row_bytes)
+        self.kernel_s = hardware.graph_kernel_s if graph else hardware.kernel_s
+        self.bandwidth = hardware.memory_bandwidth * hardware.efficiency.memory
+        # residual and partial in, residual and hidden out; a norm after a block (half of post_norms a sum): in and out
+        self.norm_row_s = (4 + shape.post_norms) * self.row_bytes / self.bandwidth
+        self.fused_norm_shows = best_implementation(hardware, world_size)[1] == "sharded"
+        self.core = max(self.parts.blocks, key=lambda block: block.repeats * len(block.parts))
+        self.requests = sum(block.repeats * len(block.parts) for block in self.parts.blocks)
+        self.kernels = sum(block.repeats * sum(part.kernels for part in block.parts) for block in self.parts.blocks)
+
+    def host_s(self, strands: int) -> float:
+        """What the host needs to launch every kernel: a step cannot be faster.
+
+        A request is two launches: all-reduce and norm, or one kernel with, on a lane of its own, events around it: 3.
+        """
+        launches = self.kernels + (2 if strands == 1 else 3) * self.requests
+        return 0.0 if self.graph else strands * launches * self.hardware.host_launch_s
+
+    def part_s(self, part: Part, work: Work, sms: int, taken: float = 0.0) -> float:
+        """A segment on `sms` SMs, while the share `taken` of the memory's bandwidth is used by others."""
+        rows, live = work.coming(part), work.going(part)
+        if rows == 0:
+            return 0.0
+        seconds = part.kernels * self.kernel_s + rows * part.row_bytes / (self.bandwidth * (1.0 - taken))
+        for gemm in part.gemms:
+            seconds += gemm.seconds(rows, sms, taken)
+        for gemm in part.live_gemms:
+            seconds += gemm.seconds(live, sms, taken)
+        if part.attends:
+            # by rows, as if all attended alike: exact but for the last layer, where few are alive
+            seconds += work.attention[part.window].seconds(self.hardware.sms / sms, taken) * live / rows
+        return seconds
+
+    def request_s(self, part: Part, rows: int, mode: str, sms: int | None = None) -> float:
+        """The sum or gather of `rows` rows that ends a part, with residual and norm. sms: None = the best count."""
+        if rows == 0:
+            return 0.0
+        if part.gathers:
+            return 0.0 if mode == "nocomm" else gather_s(rows * part.gather_bytes, self.world_size, self.hardware)
+        if mode == "nocomm" or self.world_size == 1:
+            return self.norm_s(rows)
+        waited = self.hardware.efficiency.all_reduce
+        if mode == "off":
+            return waited * self.collectives.plain_s(rows) + self.norm_s(rows)
+        return self.fused_s(rows, sms) * (waited if mode == "fused" else 1.0)
+
+    def norm_s(self, rows: int) -> float:
+        """Residual add and norm, as a kernel of its own."""
+        return rows * self.norm_row_s + self.kernel_s if rows else 0.0
+
+    def fused_s(self, rows: int, sms: int | None) -> float:
+        """A sum with residual and norm of 1/W of the rows."""
+        norm_s = self.norm_s(-(-rows // self.world_size)) if self.fused_norm_shows else 0.0
+        return self.collectives.fused_s(rows, sms) + norm_s
+
+    def taken(self, rows: int, sum_s: float) -> float:
+        """The share of the memory's bandwidth that a fused sum uses: partials in, hidden out, the shard's residual."""
+        moved = rows * self.row_bytes * (2 + 2 / self.world_size)
+        return min(MOST_TAKEN, moved / (sum_s * self.bandwidth)) if sum_s else 0.0
