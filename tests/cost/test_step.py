@@ -150,6 +150,25 @@ def test_a_half_without_logits_computes_no_last_mlp():
     assert dropping.cost.part_s(last_mlp, dropping.woven(2048).halves[0], 132) == 0
 
 
+@pytest.mark.parametrize("model", ["llama", "olmo2"])
+def test_only_rows_that_make_logits_go_on_from_the_last_attention(model):
+    last = cost(model).parts.blocks[-2]
+    work = Step(cost(model), Batch([Chunk(4096)])).whole
+    sites = [(part.site, work.coming(part), work.going(part)) for part in last.parts]
+    assert sites[-2:] == [("attn", 4096, 1), ("mlp", 1, 1)]
+    assert last.repeats == 1
+    assert all(work.going(part) == 4096 for part in cost(model, drops_rows=False).parts.blocks[-2].parts)
+
+
+def test_the_hosts_launches_are_counted():
+    """Embedding 2; a layer 8: q k v, rotation, cache, attention, output; gate and up, activation, down; logits 1. And
+    for each of 2 x 32 + 2 requests two launches, or three from each of two strands."""
+    kernels, requests = 2 + 32 * 8 + 1, 2 * 32 + 2
+    assert cost().host_s(1) == pytest.approx((kernels + 2 * requests) * 20e-6)
+    assert cost().host_s(2) == pytest.approx(2 * (kernels + 3 * requests) * 20e-6)
+    assert cost(graph=True).host_s(2) == 0
+
+
 def test_long_prompts_gain_and_short_ones_do_not():
     long, short = (Step(cost(world_size=8), Batch([Chunk(tokens)])) for tokens in (8192, 64))
     assert best_weave(long)[1] < 0.85 * long.seconds(Choice("off"))

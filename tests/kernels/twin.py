@@ -204,17 +204,6 @@ class Outcome:
     stderr: str
 
 
-def problem(
-    scenario: Scenario, folder: Path, flags: tuple[str, ...] = (), source: Path | None = None, timeout_s: float = 120.0
-) -> str | None:
-    """What goes wrong when the scenario is run, or None."""
-    program = compile_twin(scenario.variant, scenario.layout, folder, *flags, source=source)
-    try:
-        return wrong(scenario, run_twin(program, scenario, folder, prefix(flags), timeout_s))
-    except subprocess.TimeoutExpired:
-        return f"hang: no result within {timeout_s} s"
-
-
 def run_twin(
     program: Path, scenario: Scenario, folder: Path, prefix: tuple[str, ...] = (), timeout_s: float = 120.0
 ) -> Outcome:
@@ -269,9 +258,14 @@ def wrong(scenario: Scenario, outcome: Outcome) -> str | None:
     for report in outcome.reports:
         if report.reason:
             return f"rank {report.rank} gave up on rank {report.peer}: {REASONS[report.reason]}"
+    return wrong_numbers(scenario, outcome, scenario.launches)
+
+
+def wrong_numbers(scenario: Scenario, outcome: Outcome, launches: int) -> str | None:
+    """What is wrong with the numbers of the first launches, or None."""
     hidden, residual = scenario.expected()
     for channel in range(scenario.channels):
-        for launch in range(scenario.launches):
+        for launch in range(launches):
             for rank in range(scenario.variant.world_size):
                 where = f"channel {channel}, launch {launch}, rank {rank}"
                 mine = outcome.hidden[channel][rank][launch]

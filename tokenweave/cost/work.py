@@ -27,7 +27,8 @@ class Batch:
         self.chunks = tuple(chunk for chunk in chunks if chunk.tokens > 0)
         self.ends = list(accumulate(chunk.tokens for chunk in self.chunks))
         self.rows = self.ends[-1] if self.ends else 0
-        self.wanted = sum(min(chunk.wanted, chunk.tokens) for chunk in self.chunks)
+        self._wanted = [0, *accumulate(min(chunk.wanted, chunk.tokens) for chunk in self.chunks)]  # before each chunk
+        self.wanted = self._wanted[-1]
 
     def find(self, row: int) -> tuple[int, int]:
         """(the chunk that holds `row`, how many of its tokens lie before it); `row` may be the end."""
@@ -37,11 +38,10 @@ class Batch:
     def wanted_from(self, row: int) -> int:
         """Rows that make logits, from `row` on."""
         index, before = self.find(row)
-        rest = sum(min(chunk.wanted, chunk.tokens) for chunk in self.chunks[index + 1 :])
         if index == len(self.chunks):
             return 0
         chunk = self.chunks[index]
-        return rest + min(chunk.wanted, chunk.tokens - before)
+        return self.wanted - self._wanted[index + 1] + min(chunk.wanted, chunk.tokens - before)
 
 
 class BatchAttention:
@@ -49,11 +49,9 @@ class BatchAttention:
 
     def __init__(self, batch: Batch, attention: Attention):
         self.batch, self.attention = batch, attention
-        known: dict[Chunk, AttentionTime] = {}
-        for chunk in batch.chunks:
-            if chunk not in known:
-                known[chunk] = attention.chunk(chunk.tokens, chunk.context)
-        times = [known[chunk] for chunk in batch.chunks]
+        alike = [(chunk.tokens, chunk.context) for chunk in batch.chunks]
+        known = {key: attention.chunk(*key) for key in set(alike)}
+        times = [known[key] for key in alike]
         self.compute_s = [0.0, *accumulate(time.compute_s for time in times)]
         self.memory_s = [0.0, *accumulate(time.memory_s for time in times)]
         self.longest_before = [0.0, *accumulate((time.longest_s for time in times), max)]

@@ -27,13 +27,18 @@ class Launcher:
     def geometry(self, variant: Variant) -> Geometry:
         return geometry(variant, self.shared_bytes)
 
-    def launch(self, variant: Variant, launch: Launch, num_sms: int) -> None:
-        """Queue one launch of `num_sms` blocks on the current stream. Raises DriverError, and CompileError at first."""
+    def launch(self, variant: Variant, launch: Launch, num_sms: int, virtual_ranks: int = 1) -> None:
+        """Queue one launch of `num_sms` blocks on the current stream. Raises DriverError, and CompileError at first.
+
+        virtual_ranks: so many ranks from launch.place.rank on are played by this one GPU, each by `num_sms` blocks, with
+        a residual and a report of its own. Refused unless all blocks are resident at a time, since they wait for each
+        other.
+        """
         function = self._functions.get(variant) or self.load(variant)
         layout = self.geometry(variant)
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        blocks, threads = (num_sms, 1, 1), (layout.threads, 1, 1)
-        function.launch(blocks, threads, layout.shared_bytes(variant), stream, launch)
+        blocks, threads = (num_sms, virtual_ranks, 1), (layout.threads, 1, 1)
+        function.launch(blocks, threads, layout.shared_bytes(variant), stream, launch, cooperative=virtual_ranks > 1)
 
     def load(self, variant: Variant) -> Function:
         """Compile, or find in the cache, and load. Collective."""
