@@ -255,4 +255,22 @@ FAULTS = (
         "post_norm",
         PLAIN,
     ),
+    # -- giving up
+    Fault(
+        "the report names the rank itself",
+        BARRIER,
+        "return give_up(TIMEOUT, peer, expected, seen);",
+        "return give_up(TIMEOUT, rank, expected, seen);",
+        "dead",
+        PLAIN,
+    ),
+    Fault("nobody counts the time", BARRIER, "> place.timeout_ns", "> ~0ull", "dead", PLAIN),
+    Fault(
+        "the others are not told",
+        BARRIER,
+        "for (int r = 0; r < WORLD; ++r) ptx::store_release",
+        "for (int r = 0; r < 0; ++r) ptx::store_release",
+        "dead",
+        PLAIN,
+    ),
 )

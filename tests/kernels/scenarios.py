@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from tests.kernels.twin import Outcome, Scenario, compile_twin, prefix, run_twin, wrong, wrong_numbers
-from tokenweave.kernels.fused import REASONS, Geometry, Report, Variant
+from tests.kernels import reports
+from tests.kernels.twin import Outcome, Scenario, compile_twin, prefix, run_twin, wrong
+from tokenweave.kernels.fused import Geometry, Variant
 
-BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+BF16, F32 = torch.bfloat16, torch.float32
 BLOCKS = [[2], [1], [2]]
 NORM = {"residual": True, "norm": True}
 GEMMA = {"residual": True, "bias": True, "post_norm": True, "norm": True}
 MANY = 40  # launches: if each of them took a timeout, a dead peer would take longer than a run may
-DEAD = 2  # the rank that stays away
 
 
 @dataclass(frozen=True)
@@ -54,35 +54,23 @@ def scenario(variant: Variant, layout: Geometry, rows: int, blocks: list[list[in
     return Scenario(variant, layout, rows, blocks, offset=offset, post_offset=offset, **words)
 
 
-def small(blocks: list[list[int]], kind: str = "two_shot", **words: Any) -> Scenario:
-    return scenario(Variant(BF16, 64, 4, kind, **NORM), Geometry(32, 2), 9, blocks, **words)
+def small(blocks: list[list[int]], sum_by: str = "two_shot", **words: Any) -> Scenario:
+    return scenario(Variant(BF16, 64, 4, sum_by, **NORM), Geometry(32, 2), 9, blocks, **words)
 
 
-# -- what a report must say ----------------------------------------------------------------------------------------------
-
-
-def dead_rank_is_not_named(scenario: Scenario, outcome: Outcome) -> str | None:
-    """Whoever waited for the dead rank says so, or who told it."""
-    if outcome.returncode:
-        return f"exit code {outcome.returncode}: {outcome.stderr[-2000:]}"
-    reports = outcome.reports
-    others = [rank for rank in range(scenario.variant.world_size) if rank != scenario.dead_rank]
-    timeouts = [rank for rank in others if REASONS.get(reports[rank].reason) == "timeout"]
-    if not timeouts:
-        return "nobody reports a timeout"
-    for rank in others:
-        words = arrival(scenario, 2 * scenario.dead_from + 1), arrival(scenario, 2 * scenario.dead_from)
-        if far := misreport(reports[rank], rank, scenario.dead_rank, timeouts, words, scenario.channels):
-            return f"rank {rank} reports {far}"
-        if {len(each[rank]) for each in outcome.hidden} != {scenario.launches}:
-            return f"rank {rank} does not come back from every launch"
-    return wrong_numbers(scenario, before(outcome, others), scenario.dead_from)
-
-
-def before(outcome: Outcome, others: list[int]) -> Outcome:
-    return outcome
-
-
-def arrival(scenario: Scenario, epoch: int) -> int:
-    """The signal of a rank that arrives in this epoch; 0 if that was never."""
-    return epoch << 32 | scenario.rows << 12 | scenario.blocks[0][0] if epoch else 0
+RUNS = {
+    "two_shot": Run(lambda: scenario(Variant(BF16, 136, 4, "two_shot", **NORM), Geometry(32, 2), 37, BLOCKS)),
+    "one_shot": Run(lambda: scenario(Variant(F32, 136, 4, "one_shot", **NORM), Geometry(32, 2), 11, BLOCKS)),
+    "multimem": Run(lambda: scenario(Variant(BF16, 520, 4, "multimem", **NORM), Geometry(32, 2), 37, BLOCKS)),
+    # eight vectors for each thread, of which four are in flight, and two warps for a row
+    "post_norm": Run(lambda: scenario(Variant(F32, 2040, 4, "two_shot", **GEMMA), Geometry(64, 1), 27, BLOCKS)),
+    "listed": Run(lambda: scenario(Variant(BF16, 136, 4, "two_shot", listed=True, **NORM), Geometry(64, 1), 19, BLOCKS)),
+    # ranks that soon give up
+    "impatient": Run(lambda: small([[2]] * 4, timeout_ms=3000)),
+    # one rank stays away, from the first launch on or from a later one
+    "dead": Run(lambda: small([[2]] * MANY, dead_rank=2, timeout_ms=1000), reports.of_dead_rank, 30),
+    "dead later": Run(lambda: small([[2]] * MANY, dead_rank=0, dead_from=3, timeout_ms=1000), reports.of_dead_rank, 30),
+    # ranks that do not launch the same number of blocks, or rows: they find out at once
+    "odd blocks": Run(lambda: small([[2, 2, 1, 2], [2]], timeout_ms=60_000), reports.of_mismatch, 30),
+    "odd rows": Run(lambda: small([[2], [2]], claimed_rows=(9, 9, 9, 8), timeout_ms=60_000), reports.of_mismatch, 30),
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -126,18 +127,9 @@ class FusedChannel(Channel):
         return range(owners[-1].stop) if self.sum == "one_shot" else owners[self.rank]
 
     def _variant(self, request: Any, listed: bool) -> Variant:
-        layout = self.wiring.layout
-        return Variant(
-            layout.dtype,
-            layout.hidden_size,
-            self.wiring.world_size,
-            self.sum,
-            residual=self.residual is not None,
-            listed=listed,
-            bias=request.bias is not None,
-            post_norm=request.post_norm is not None,
-            norm=request.norm is not None,
-        )
+        layout, given = self.wiring.layout, (request.bias, request.post_norm, request.norm)
+        flags = (self.residual is not None, listed, *(part is not None for part in given))
+        return variant_of(layout.dtype, layout.hidden_size, self.wiring.world_size, self.sum, *flags)
 
     def _fill(self, request: Any, before: list[range], residual_in: Tensor | None, listed: bool) -> Launch:
         partial = request.partial
@@ -187,6 +179,9 @@ class FusedChannel(Channel):
         if self.sum == "one_shot":
             return rows * row_bytes * (self.wiring.world_size - 1)
         return (rows - mine + mine * (self.wiring.world_size - 1)) * row_bytes
+
+
+variant_of = functools.cache(Variant)  # a step asks for the same few hundreds of times
 
 
 class FusedCommunicator(Communicator):

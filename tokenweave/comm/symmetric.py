@@ -75,15 +75,14 @@ def aligned(size_bytes: int) -> int:
 
 def open_symmetric(size_bytes: int, ranks: Ranks) -> SymmetricMemory:
     """Collective: allocate on every rank, and exchange addresses. Raises RuntimeError where torch cannot."""
-    from torch.distributed import (
-        _symmetric_memory as symmetric,
-    )  # private, but the only way; present in torch 2.5 to 2.13
+    from torch._C._distributed_c10d import _SymmetricMemory  # private, as all of torch's symmetric memory is
+    from torch.distributed import _symmetric_memory as symmetric
 
-    local = symmetric.empty(size_bytes, dtype=torch.uint8, device=ranks.device)
+    # Not symmetric.empty: in newer torch it takes from a pool, and what it gives may start inside an allocation. Then
+    # buffer_ptrs are those of the allocation, and whether multicast_ptr is depends on the version.
+    local = _SymmetricMemory.empty_strided_p2p((size_bytes,), (1,), torch.uint8, ranks.device)
     handle = symmetric.rendezvous(local, ranks.control.group_name)
-    # Newer versions of torch add the tensor's offset in its allocation to the multicast address, older ones do not. A
-    # tensor of its own has none.
     offset = int(getattr(handle, "offset", 0))
     if offset:
-        raise RuntimeError(f"symmetric memory starts at offset {offset} of its allocation, expected 0: report this")
+        raise RuntimeError(f"symmetric memory starts at byte {offset} of its allocation, expected 0; report this")
     return SymmetricMemory(local, tuple(handle.buffer_ptrs), int(handle.multicast_ptr or 0))
