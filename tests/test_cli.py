@@ -16,6 +16,7 @@ from tokenweave.cli import failure, generate, generate_options, main
 from tokenweave.cli.figures import Run, count_woven, figures
 from tokenweave.cli.stdout import own_stdout
 from tokenweave.cli.table import table
+from tokenweave.comm.choice import Choice
 from tokenweave.comm.group import PeerError
 from tokenweave.comm.link import Link
 from tokenweave.config import EngineConfig
@@ -340,6 +341,7 @@ def span(step, half, lane, kind, start_ns, end_ns):
     return Span(0, step, lane, kind, half, "attn", start_ns, end_ns, phase="prefill")
 
 
+COMM = Choice("sharded", "rank 0 computes on the CPU")
 SPANS = [
     span(1, 0, "compute", "segment", 0, 40_000_000),
     span(1, 1, "comm", "sum", 10_000_000, 50_000_000),
@@ -353,7 +355,7 @@ def run_of(spans=(), **options):
     world_size = options.pop("world_size", 2)
     overlap = summary(spans) if options.get("trace") else None
     config = EngineConfig(model="m", **options)
-    return Run(config, world_size, "cpu", ["a", "b"], OUTPUTS, figures(OUTPUTS), overlap, count_woven(spans))
+    return Run(config, world_size, "cpu", ["a", "b"], OUTPUTS, figures(OUTPUTS), overlap, count_woven(spans), COMM)
 
 
 def test_figures_count_and_time():

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tokenweave.comm.choice import Choice
 from tokenweave.comm.group import PeerError, is_lost_peer, leave_default_group
 from tokenweave.config import EngineConfig
 from tokenweave.engine.engine import Engine, follow
@@ -72,6 +73,11 @@ class LLM:
     def device(self) -> torch.device:
         """Where this rank computes."""
         return self._ranks.device
+
+    @property
+    def comm(self) -> Choice:
+        """What forms the sums of `overlap` "fused" and "weave", and why it was chosen."""
+        return self._runner.communicator.choice
 
     # -- generating ------------------------------------------------------------------------------------------------
 

@@ -1,9 +1,9 @@
 // The names of ptx.cuh for a C++ compiler, so that tests run the kernel as threads: ranks x blocks x threads.
-// A copy_async happens when it is waited for, and what was not wanted is a NaN, so that reading too early shows.
+// A copy_async reads when it is issued and again when it is waited for, which is when what it brings is there; until then
+// that is a NaN, as is what was not wanted. So copying too early, too late and reading too early all show.
 #pragma once
 
 #include <pthread.h>
-#include <sched.h>
 
 #include <atomic>
 #include <chrono>
@@ -70,6 +70,13 @@ struct Thread {
 
 inline thread_local Thread me;
 
+inline void wait_copies(std::size_t pending) {
+  while (me.groups.size() > pending) {
+    for (auto [to, from] : me.groups.front()) *static_cast<Vec*>(to) = *static_cast<const Vec*>(from);
+    me.groups.pop_front();
+  }
+}
+
 // The one multicast mapping of a process: `size` addresses from `base` stand for the same places of every rank.
 struct Multicast {
   const char* base = nullptr;
@@ -97,6 +104,7 @@ inline void launch(int blocks, int threads, int shared_bytes, int virtual_rank, 
       running.emplace_back([=, state = states.back().get(), &kernel] {
         me = Thread{state, thread, block, blocks, virtual_rank, {}, {}};
         kernel();
+        wait_copies(0);
       });
   }
   for (auto& thread : running) thread.join();
@@ -162,6 +170,7 @@ DEVICE void store(void* address, Vec v) { *static_cast<Vec*>(address) = v; }
 
 DEVICE void copy_async(void* to_shared, const void* from) {
   *static_cast<Vec*>(to_shared) = host::UNWANTED;
+  prefetch(from);
   host::me.copies.emplace_back(to_shared, from);
 }
 
@@ -172,10 +181,7 @@ DEVICE void end_group_of_copies() {
 
 template <int PENDING>
 DEVICE void wait_copies() {
-  while (host::me.groups.size() > PENDING) {
-    for (auto [to, from] : host::me.groups.front()) *static_cast<Vec*>(to) = *static_cast<const Vec*>(from);
-    host::me.groups.pop_front();
-  }
+  host::wait_copies(PENDING);
 }
 
 DEVICE void ld_reduce_bf16(Vec& v, const void* address, bool wanted) {
@@ -220,7 +226,7 @@ DEVICE bool claim(u64* address) { return __atomic_exchange_n(address, 1, __ATOMI
 DEVICE u64 now_ns() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
-DEVICE void pause() { sched_yield(); }
+DEVICE void pause() { std::this_thread::sleep_for(std::chrono::microseconds(20)); }
 
 DEVICE void sync_block() { host::me.block_state->all.wait(); }
 

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from tokenweave.comm.choice import Choice
 from tokenweave.config import EngineConfig
 from tokenweave.outputs import RequestMetrics, RequestOutput
 from tokenweave.trace.overlap import OverlapSummary
@@ -53,6 +54,7 @@ class Run:
     figures: Figures
     overlap: OverlapSummary | None
     woven: tuple[int, int]
+    comm: Choice
 
     @property
     def no_overlap(self) -> str | None:

@@ -41,9 +41,9 @@ def run(options: argparse.Namespace, out: TextIO) -> None:
     printer = pick_printer(out, prompts, params.n, json=options.json, stream=options.stream)
     with LLM(**vars(config)) as llm:
         outputs = complete(llm, prompts, params, options.chat, printer)
-        world_size, device = llm.world_size, llm.device.type
+        world_size, device, comm = llm.world_size, llm.device.type, llm.comm
         overlap, woven = llm.overlap_summary(), count_woven(llm.spans)
-    printer.finish(Run(config, world_size, device, prompts, outputs, figures(outputs), overlap, woven))
+    printer.finish(Run(config, world_size, device, prompts, outputs, figures(outputs), overlap, woven, comm))
 
 
 def prompts_of(options: argparse.Namespace) -> list[str]:

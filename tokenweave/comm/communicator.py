@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenweave.comm.choice import Choice
 from tokenweave.comm.transport import Transport
 from tokenweave.shard import shards
 
@@ -144,6 +145,7 @@ FORMS = {"reference": Channel, "sharded": ShardedChannel}
 class Communicator:
     """Opens channels: one per half and step. `form` is chosen at `open` and fixed for the strand's life."""
 
+    choice = Choice("sharded", "nothing was chosen")  # what forms the sums of "fused" and "weave", and why
     can_give_up = False  # whether `check` may find that a launch did
 
     def __init__(

@@ -50,6 +50,7 @@ def open_communicator(
         communicator = Communicator(
             transport, ranks.rank, config.max_num_batched_tokens, hidden_size, dtype, ranks.device
         )
+    communicator.choice = choice
     if ranks.rank == 0:
         log.info("sums are formed by %s: %s", choice.implementation, choice.reason)
     return communicator

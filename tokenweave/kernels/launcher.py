@@ -30,9 +30,8 @@ class Launcher:
     def launch(self, variant: Variant, launch: Launch, num_sms: int, virtual_ranks: int = 1) -> None:
         """Queue one launch of `num_sms` blocks on the current stream. Raises DriverError, and CompileError at first.
 
-        virtual_ranks: so many ranks from launch.place.rank on are played by this one GPU, each by `num_sms` blocks, with
-        a residual and a report of its own. Refused unless all blocks are resident at a time, since they wait for each
-        other.
+        virtual_ranks: this one GPU plays so many ranks, from launch.place.rank on, each by `num_sms` blocks and with a
+        residual and a report of its own. Refused unless all blocks, which wait for each other, are resident at a time.
         """
         function = self._functions.get(variant) or self.load(variant)
         layout = self.geometry(variant)
