@@ -62,7 +62,7 @@ class LLM:
         vocabulary = read_vocabulary(rank.folder, rank.hf_config)
         self.tokenizer = vocabulary.tokenizer
         atexit.register(close_at_exit, weakref.ref(self))
-        self._engine = Engine(self.config, rank.ranks, rank.runner, vocabulary, rank.times)
+        self._engine = Engine(self.config, rank.ranks, rank.runner, vocabulary, rank.planner)
 
     @property
     def world_size(self) -> int:

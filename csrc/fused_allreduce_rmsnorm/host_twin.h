@@ -246,14 +246,14 @@ DEVICE float sum_of_warp(float value) {
   host::Block& block = *host::me.block_state;
   host::Barrier& warp = *block.warps[thread() / 32];
   float* lanes = &block.lanes[thread() / 32 * 32];
-  int lane = thread() % 32;
-  for (int distance = 16; distance > 0; distance /= 2) {
-    lanes[lane] = value;
-    warp.wait();
-    value += lanes[lane ^ distance];
-    warp.wait();
-  }
-  return value;
+  lanes[thread() % 32] = value;
+  warp.wait();
+  float sums[32];
+  std::memcpy(sums, lanes, sizeof sums);
+  warp.wait();
+  for (int distance = 16; distance > 0; distance /= 2)  // the first lane's sum; the other lanes add the same pairs
+    for (int lane = 0; lane < distance; ++lane) sums[lane] += sums[lane + distance];
+  return sums[0];
 }
 
 DEVICE void forget(Vec&) {}

@@ -58,9 +58,10 @@ struct Shape {
 
   static DEVICE constexpr bool has(Flag flag) { return FLAGS & flag; }
 
-  // The switch delivers one vector, peers one each. At least 16 loads of 16 bytes are in flight for each thread.
+  // The switch delivers one vector, peers one each. A block has 4096 loads of 16 bytes in flight, where rows are so long.
   static constexpr int SOURCES = SUM == Sum::MULTIMEM ? 1 : WORLD;
-  static constexpr int AHEAD = SUM == Sum::MULTIMEM ? VECTORS : divisor_at_least(VECTORS, (15 + WORLD) / WORLD);
+  static constexpr int LOADS = (4096 + THREADS - 1) / THREADS;
+  static constexpr int AHEAD = SUM == Sum::MULTIMEM ? VECTORS : divisor_at_least(VECTORS, (LOADS + WORLD - 1) / WORLD);
 
   // Shared memory, in vectors for each thread: what arrives from peers, the residual. Then two sets of warps' sums.
   static constexpr int PEER_SLOTS = SUM == Sum::MULTIMEM ? 0 : AHEAD * WORLD;
@@ -122,6 +123,7 @@ class Group {
     if (row >= end) return;
 #pragma unroll
     for (int i = 0; i < S::AHEAD; ++i) issue(row, i, true);
+#pragma unroll 1
     for (; row < end; row += stride) {
       float squares = take_row();
       if (S::has(POST_NORM)) squares = post_norm(squares);
@@ -259,7 +261,7 @@ class Group {
 
   // 1 / sqrt(mean of squares + eps), in every thread of the group.
   DEVICE float scale(float squares, float eps) {
-    return ptx::reciprocal_sqrt(sum_of_group(squares) / S::HIDDEN + eps);
+    return ptx::reciprocal_sqrt(sum_of_group(squares) * (1.0f / S::HIDDEN) + eps);
   }
 
   // Two sets of sums take turns, so that one barrier is enough: who writes a set again has met all who read it.

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.checkpoints import prompt_batch
 from tokenweave import LLM, SamplingParams
@@ -29,6 +30,7 @@ class FakeRunner:
         self.config = SimpleNamespace(block_size=16, max_num_batched_tokens=budget)
         self.max_model_len = max_model_len
         self.ranks = self
+        self.device = torch.device("cpu")
         self.theirs = theirs
         self.plans: list = []
         self.recorder = None
@@ -60,6 +62,12 @@ class FakeRunner:
 )
 def test_only_steps_that_could_happen_are_timed(limits, rows):
     assert fitting(FakeRunner(**limits)) == rows
+
+
+def test_on_cuda_the_largest_step_is_timed_as_well():
+    runner = FakeRunner(budget=700)
+    runner.device = torch.device("cuda")
+    assert fitting(runner) == [*COUNTS, 700]
 
 
 def test_every_mode_is_timed_at_every_count():

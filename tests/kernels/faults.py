@@ -75,7 +75,12 @@ FAULTS = (
         THREAD,
     ),
     Fault(
-        "exit signal before all threads of the block are done", BARRIER, "    ptx::sync_block();\n", "", "listed", THREAD
+        "exit signal before all threads of the block are done",
+        BARRIER,
+        "    ptx::sync_block();\n",
+        "",
+        "listed",
+        THREAD,
     ),
     Fault(
         "threads go on before those that wait",
@@ -88,9 +93,9 @@ FAULTS = (
     Fault(
         "all blocks use the pad of block 0",
         BARRIER,
-        "    ptx::store_release(&place.pad[peer]->signal[ptx::block()][rank], static_cast<u64>(expected) << 32 | tag);\n"
+        "signal[ptx::block()][rank], static_cast<u64>(expected) << 32 | tag);\n"
         "    const u64* slot = &place.pad[rank]->signal[ptx::block()][peer];\n",
-        "    ptx::store_release(&place.pad[peer]->signal[0][rank], static_cast<u64>(expected) << 32 | tag);\n"
+        "signal[0][rank], static_cast<u64>(expected) << 32 | tag);\n"
         "    const u64* slot = &place.pad[rank]->signal[0][peer];\n",
         "two_shot",
         THREAD,
@@ -128,7 +133,16 @@ FAULTS = (
         THREAD,
     ),
     Fault("the last epoch is enough", BARRIER, "- expected) >= 0;", "- expected) >= -1;", "multimem", THREAD),
-    Fault("a later epoch is not enough", BARRIER, "- expected) >= 0;", "- expected) == 0;", "impatient", PLAIN),
+    Fault(
+        "a later epoch is not enough for a rank that is slow to look",
+        BARRIER,
+        "      bool arrived = static_cast<int>(static_cast<u32>(seen >> 32) - expected) >= 0;\n",
+        "      for (int i = 0; rank == 1 && i < 2000; ++i) ptx::pause();\n"
+        "      seen = ptx::load_acquire(slot);\n"
+        "      bool arrived = static_cast<u32>(seen >> 32) == expected;\n",
+        "impatient",
+        PLAIN,
+    ),
     Fault("another tag is an arrival", BARRIER, "arrived && compare &&", "false && compare &&", "odd rows", PLAIN),
     # -- rows
     Fault(
@@ -196,7 +210,22 @@ FAULTS = (
         ADDRESS,
     ),
     # -- the pipeline
-    Fault("one copy too few is waited for", KERNEL, "wait_copies<S::AHEAD - 1>", "wait_copies<S::AHEAD>", "two_shot", PLAIN),
+    Fault(
+        "peers' rows are fetched before the ranks have met",
+        KERNEL,
+        "  DEVICE void prefetch() {\n    if (row >= end) return;\n",
+        "  DEVICE void prefetch() {\n    if (row >= end) return;\n    issue(row, 0, true);\n",
+        "two_shot",
+        THREAD,
+    ),
+    Fault(
+        "one copy too few is waited for",
+        KERNEL,
+        "wait_copies<S::AHEAD - 1>",
+        "wait_copies<S::AHEAD>",
+        "two_shot",
+        PLAIN,
+    ),
     Fault(
         "a slot is filled again before it was read",
         KERNEL,
@@ -264,13 +293,21 @@ FAULTS = (
         "dead",
         PLAIN,
     ),
-    Fault("nobody counts the time", BARRIER, "> place.timeout_ns", "> ~0ull", "dead", PLAIN),
+    Fault("nobody counts the time", BARRIER, "> place.timeout_ns", "> ~0ull", "dead, hurried", PLAIN),
     Fault(
-        "the others are not told",
+        "giving up leaves no trace",
         BARRIER,
         "for (int r = 0; r < WORLD; ++r) ptx::store_release",
         "for (int r = 0; r < 0; ++r) ptx::store_release",
-        "dead",
+        "dead, hurried",
+        PLAIN,
+    ),
+    Fault(
+        "who waits does not hear that others gave up",
+        BARRIER,
+        "      if (aborted()) return false;\n",
+        "",
+        "odd blocks, hurried",
         PLAIN,
     ),
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ BF16, F32 = torch.bfloat16, torch.float32
 BLOCKS = [[2], [1], [2]]
 NORM = {"residual": True, "norm": True}
 GEMMA = {"residual": True, "bias": True, "post_norm": True, "norm": True}
-MANY = 40  # launches: if each of them took a timeout, a dead peer would take longer than a run may
+MANY = [[2]] * 20  # launches: if each took a timeout of two seconds it would be more than such a run may take
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,21 @@ RUNS = {
     "two_shot": Run(lambda: scenario(Variant(BF16, 136, 4, "two_shot", **NORM), Geometry(32, 2), 37, BLOCKS)),
     "one_shot": Run(lambda: scenario(Variant(F32, 136, 4, "one_shot", **NORM), Geometry(32, 2), 11, BLOCKS)),
     "multimem": Run(lambda: scenario(Variant(BF16, 520, 4, "multimem", **NORM), Geometry(32, 2), 37, BLOCKS)),
-    # eight vectors for each thread, of which four are in flight, and two warps for a row
+    # eight vectors for each thread, of which not all are in flight, and two warps for a row
     "post_norm": Run(lambda: scenario(Variant(F32, 2040, 4, "two_shot", **GEMMA), Geometry(64, 1), 27, BLOCKS)),
-    "listed": Run(lambda: scenario(Variant(BF16, 136, 4, "two_shot", listed=True, **NORM), Geometry(64, 1), 19, BLOCKS)),
+    "listed": Run(
+        lambda: scenario(Variant(BF16, 136, 4, "two_shot", listed=True, **NORM), Geometry(64, 1), 19, BLOCKS)
+    ),
+    # both halves of a step in flight
+    "channels": Run(lambda: small(BLOCKS, channels=2)),
     # ranks that soon give up
     "impatient": Run(lambda: small([[2]] * 4, timeout_ms=3000)),
     # one rank stays away, from the first launch on or from a later one
-    "dead": Run(lambda: small([[2]] * MANY, dead_rank=2, timeout_ms=1000), reports.of_dead_rank, 30),
-    "dead later": Run(lambda: small([[2]] * MANY, dead_rank=0, dead_from=3, timeout_ms=1000), reports.of_dead_rank, 30),
+    "dead": Run(lambda: small(MANY, dead_rank=2, timeout_ms=2000), reports.of_dead_rank, 30),
+    "dead later": Run(lambda: small(MANY, dead_rank=0, dead_from=3, timeout_ms=2000), reports.of_dead_rank, 30),
     # ranks that do not launch the same number of blocks, or rows: they find out at once
     "odd blocks": Run(lambda: small([[2, 2, 1, 2], [2]], timeout_ms=60_000), reports.of_mismatch, 30),
     "odd rows": Run(lambda: small([[2], [2]], claimed_rows=(9, 9, 9, 8), timeout_ms=60_000), reports.of_mismatch, 30),
 }
+for name in ("dead", "odd blocks"):  # for faults that would take as long as a run may
+    RUNS[f"{name}, hurried"] = replace(RUNS[name], timeout_s=6)

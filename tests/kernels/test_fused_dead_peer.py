@@ -26,20 +26,18 @@ def test_the_others_say_who_stayed_away_and_every_later_launch_returns_at_once(n
 
 @pytest.mark.parametrize("sum_by", ["one_shot", "multimem"])
 def test_a_dead_rank_is_reported_whatever_the_sum(sum_by: str, folder: Path) -> None:
-    run = replace(RUNS["dead"], scenario=lambda: small([[2]] * MANY, sum_by, dead_rank=3, timeout_ms=1000))
+    run = replace(RUNS["dead"], scenario=lambda: small(MANY, sum_by, dead_rank=3, timeout_ms=2000))
     assert problem(run, folder) is None
 
 
 def test_a_dead_rank_ends_the_launches_of_all_channels(folder: Path) -> None:
-    run = replace(RUNS["dead"], scenario=lambda: small([[2]] * MANY, channels=2, dead_rank=1, timeout_ms=1000))
+    run = replace(RUNS["dead"], scenario=lambda: small(MANY, channels=2, dead_rank=1, timeout_ms=2000))
     assert problem(run, folder) is None
 
 
 def test_a_rank_that_dies_within_a_launch_is_reported(folder: Path, tmp_path: Path) -> None:
     dies = Fault("", KERNEL, "  meeting.leave();\n", "  if (rank != 1) meeting.leave();\n", "dead", PLAIN)
-    run = Run(
-        lambda: small([[2]], dead_rank=1, dead_from=1, timeout_ms=1000), partial(reports.misreports, epoch=2), 30
-    )
+    run = Run(lambda: small([[2]], dead_rank=1, dead_from=1, timeout_ms=2000), partial(reports.misreports, epoch=2), 30)
     assert problem(run, folder, source=dies.plant(tmp_path / "csrc")) is None
 
 
@@ -54,5 +52,5 @@ def test_a_rank_that_comes_too_late_is_told(folder: Path) -> None:
             return f"the late rank reports {reports.reason(told)}, told by rank {told.told_by}"
         return reports.misreports(scenario, outcome, 1)
 
-    run = Run(lambda: small([[2]], dead_rank=1, dead_from=1, absent_ms=4000, timeout_ms=1000), too_late, 30)
+    run = Run(lambda: small([[2]], dead_rank=1, dead_from=1, absent_ms=4000, timeout_ms=2000), too_late, 30)
     assert problem(run, folder) is None

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +27,7 @@ from tokenweave.shard import shards
 HARNESS = Path(__file__).parents[1] / "csrc" / "twin.cpp"
 COMPILER = shutil.which("g++")
 THREAD = ("-g1", "-fsanitize=thread")
-ADDRESS = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+ADDRESS = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 SANITIZER_OPTIONS = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-missing-field-initializers")
 
@@ -65,6 +68,16 @@ def failure(command: Sequence[str | Path]) -> str | None:
     return done.stderr or f"exit code {done.returncode}" if done.returncode else None
 
 
+@contextmanager
+def in_background(jobs: Iterable[Callable[[], Path]]) -> Iterator[list[Future[Path]]]:
+    """Compiles two programs at a time, while tests run."""
+    pool = ThreadPoolExecutor(2)
+    try:
+        yield [pool.submit(job) for job in jobs]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def compile_twin(
     variant: Variant, layout: Geometry, folder: Path, *flags: str, source: Path | None = None, shared: bool = False
 ) -> Path:
@@ -74,7 +87,7 @@ def compile_twin(
     key = hashlib.sha256(" ".join([*words, str(source)]).encode()).hexdigest()[:16]
     program = folder / f"twin-{key}"
     if not program.exists():
-        command = [COMPILER, "-std=c++20", "-O1", "-pthread", "-DTOKENWEAVE_HOST", f"-I{source}", *WARNINGS, *words]
+        command = [COMPILER, "-std=c++17", "-O1", "-pthread", "-DTOKENWEAVE_HOST", f"-I{source}", *WARNINGS, *words]
         unfinished = Path(tempfile.mkdtemp(dir=folder)) / "twin"
         done = subprocess.run([*command, HARNESS, "-o", unfinished], capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr
@@ -127,7 +140,7 @@ class Scenario:
         self.owners = self.owned
         if self.listed is not None:
             bounds = [sum(row < owned.start for row in self.listed) for owned in self.owned] + [len(self.listed)]
-            self.owners = [range(a, b) for a, b in zip(bounds, bounds[1:])]
+            self.owners = [range(a, b) for a, b in itertools.pairwise(bounds)]
 
     def write(self, path: Path) -> None:
         first = [owned.start for owned in self.owners] + [self.rows]
@@ -254,7 +267,7 @@ TOLERANCE = {torch.float32: 4.0, torch.bfloat16: 0.12, torch.float16: 0.12}
 def wrong(scenario: Scenario, outcome: Outcome) -> str | None:
     """What is wrong with the outcome of a run in which no rank was dead, or None."""
     if outcome.returncode:
-        return f"exit code {outcome.returncode}: {outcome.stderr[-2000:]}"
+        return f"exit code {outcome.returncode}: {outcome.stderr[-6000:]}"
     for report in outcome.reports:
         if report.reason:
             return f"rank {report.rank} gave up on rank {report.peer}: {REASONS[report.reason]}"
@@ -273,7 +286,9 @@ def wrong_numbers(scenario: Scenario, outcome: Outcome, launches: int) -> str | 
                     return f"{where}: not bitwise what rank 0 holds"
                 if (far := distance(mine, hidden[channel, launch], scenario)) is not None:
                     return f"{where}: hidden is off by {far:.3g} roundings"
-                if scenario.variant.keep and (far := shard_distance(scenario, outcome, residual, channel, launch, rank)):
+                if scenario.variant.keep and (
+                    far := shard_distance(scenario, outcome, residual, channel, launch, rank)
+                ):
                     return f"{where}: residual is off by {far:.3g} roundings"
     return None
 

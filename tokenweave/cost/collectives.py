@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from tokenweave.cost.hardware import Hardware
 SHARPNESS = 3  # how abruptly "limited by SMs" goes over into "limited by the link": Figures 7 and 10 bend like this
 MEASURED_WORLD_SIZE = 8
 MEASURED_ROW_BYTES = 8192 * 2
+MEASURED_ROWS = 32768
 
 
 class Collectives(Protocol):
@@ -104,16 +106,32 @@ class AnalyticCollectives:
     row_bytes: int
 
     def plain_s(self, rows: int) -> float:
-        plain, _ = best_implementation(self.hardware, self.world_size)
-        return self._seconds(plain, rows, None, False)
+        return self._seconds(rows, None, False)
 
     def fused_s(self, rows: int, sms: int | None) -> float:
-        _, fused = best_implementation(self.hardware, self.world_size)
-        return self._seconds(fused, rows, sms, True)
+        return self._seconds(rows, sms, True)
 
-    def _seconds(self, implementation: str, rows: int, sms: int | None, fused: bool) -> float:
-        size_bytes = rows * self.row_bytes
-        return all_reduce_s(implementation, size_bytes, self.world_size, self.hardware, sms, fused)
+    def _seconds(self, rows: int, sms: int | None, fused: bool) -> float:
+        if rows == 0:
+            return 0.0
+        line = self._lines.get((sms, fused))
+        if line is None:
+            line = self._lines[sms, fused] = self._line(sms, fused)
+        return line[0] + rows * line[1]
+
+    @functools.cached_property
+    def _lines(self) -> dict[tuple[int | None, bool], tuple[float, float]]:
+        """(fixed seconds, seconds a row) by SMs and kernel: both limits, and so their joint, grow with the bytes."""
+        return {}
+
+    def _line(self, sms: int | None, fused: bool) -> tuple[float, float]:
+        implementation = best_implementation(self.hardware, self.world_size)[fused]
+        one_s, two_s = (
+            all_reduce_s(implementation, rows * self.row_bytes, self.world_size, self.hardware, sms, fused)
+            for rows in (1, 1 + MEASURED_ROWS)
+        )
+        row_s = (two_s - one_s) / MEASURED_ROWS
+        return one_s - row_s, row_s
 
 
 @dataclass(frozen=True)

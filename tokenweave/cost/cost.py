@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 from tokenweave.cost.collectives import AnalyticCollectives, Collectives, best_implementation, gather_s
 from tokenweave.cost.hardware import Hardware
+from tokenweave.cost.ops import AttentionTime
 from tokenweave.cost.parts import ModelParts, Part
 from tokenweave.cost.shape import ModelShape
 from tokenweave.cost.work import Work
 
+USUAL_SMS = 8  # of a sum beside GEMMs
+TILE_EDGE = 64  # rows, of the smallest tile
 MOST_TAKEN = 0.5  # of the memory's bandwidth, by a collective
+
+
+def usual_sms(hardware: Hardware) -> list[int]:
+    """The SM counts worth considering for a collective, the likeliest first."""
+    return sorted(hardware.communication_sms, key=lambda count: abs(math.log(count / USUAL_SMS)))
 
 
 class Cost:
@@ -40,6 +50,8 @@ class Cost:
         self.fused_norm_shows = best_implementation(hardware, world_size)[1] == "sharded"
         self.core = max(self.parts.blocks, key=lambda block: block.repeats * len(block.parts))
         self.requests = sum(block.repeats * len(block.parts) for block in self.parts.blocks)
+        self._rows_s: dict[tuple[Part, int], float] = {}
+        self._gemms_s: dict[int, float] = {}
         self.kernels = sum(block.repeats * sum(part.kernels for part in block.parts) for block in self.parts.blocks)
 
     def host_s(self, strands: int) -> float:
@@ -52,18 +64,44 @@ class Cost:
 
     def part_s(self, part: Part, work: Work, sms: int, taken: float = 0.0) -> float:
         """A segment on `sms` SMs, while the share `taken` of the memory's bandwidth is used by others."""
-        rows, live = work.coming(part), work.going(part)
-        if rows == 0:
-            return 0.0
-        seconds = part.kernels * self.kernel_s + rows * part.row_bytes / (self.bandwidth * (1.0 - taken))
-        for gemm in part.gemms:
-            seconds += gemm.seconds(rows, sms, taken)
-        for gemm in part.live_gemms:
-            seconds += gemm.seconds(live, sms, taken)
-        if part.attends:
-            # by rows, as if all attended alike: exact but for the last layer, where few are alive
-            seconds += work.attention[part.window].seconds(self.hardware.sms / sms, taken) * live / rows
+        return self.segment(part, work).seconds(sms, taken)
+
+    def segment(self, part: Part, work: Work) -> Segment:
+        """What `part` computes for `work`, ready to be asked what it takes beside anything."""
+        return Segment(self, part, work)
+
+    def rows_s(self, part: Part, rows: int) -> float:
+        """A segment of the core without its attention, of at least so many rows: up to a tile's edge. Remembered."""
+        key = (part, -(-rows // TILE_EDGE))
+        seconds = self._rows_s.get(key)
+        if seconds is None:
+            rows = key[1] * TILE_EDGE
+            seconds = part.kernels * self.kernel_s + rows * part.row_bytes / self.bandwidth
+            seconds += sum(gemm.seconds(rows, self.hardware.sms) for gemm in (*part.gemms, *part.live_gemms))
+            self._rows_s[key] = seconds
         return seconds
+
+    def gemms_s(self, rows: int) -> float:
+        """A round of the core's GEMMs with all SMs, and once more beside a usual collective, as rows_s: for ranking."""
+        key = -(-rows // TILE_EDGE)
+        seconds = self._gemms_s.get(key)
+        if seconds is None:
+            sms, rows = self.hardware.sms, key * TILE_EDGE
+            gemms = [gemm for part in self.core.parts for gemm in (*part.gemms, *part.live_gemms)]
+            left = max(1, sms - usual_sms(self.hardware)[0])
+            seconds = sum(gemm.seconds(rows, sms) + gemm.seconds(rows, left) for gemm in gemms)
+            self._gemms_s[key] = seconds
+        return seconds
+
+    def warm_up(self, most_rows: int) -> None:
+        """Look up once what steps of up to `most_rows` rows ask for again and again."""
+        for rows in range(TILE_EDGE, most_rows + TILE_EDGE, TILE_EDGE):
+            for part in self.core.parts:
+                self.rows_s(part, rows)
+                for gemm in (*part.gemms, *part.live_gemms):
+                    for sms in self.hardware.communication_sms:
+                        gemm.compute_s(rows, max(1, self.hardware.sms - sms))
+            self.gemms_s(rows)
 
     def request_s(self, part: Part, rows: int, mode: str, sms: int | None = None) -> float:
         """The sum or gather of `rows` rows that ends a part, with residual and norm. sms: None = the best count."""
@@ -91,3 +129,35 @@ class Cost:
         """The share of the memory's bandwidth that a fused sum uses: partials in, hidden out, the shard's residual."""
         moved = rows * self.row_bytes * (2 + 2 / self.world_size)
         return min(MOST_TAKEN, moved / (sum_s * self.bandwidth)) if sum_s else 0.0
+
+
+class Segment:
+    """A part's kernels for one half or a whole batch. What SMs and bandwidth do not change is computed once."""
+
+    def __init__(self, cost: Cost, part: Part, work: Work):
+        rows, live = work.coming(part), work.going(part)
+        self.empty = rows == 0
+        if self.empty:
+            return
+        self.sms = cost.hardware.sms
+        self.launch_s = part.kernels * cost.kernel_s
+        self.moving_s = rows * part.row_bytes / cost.bandwidth
+        self.gemms = [(gemm, rows, gemm.memory_s(rows)) for gemm in part.gemms]
+        self.gemms += [(gemm, live, gemm.memory_s(live)) for gemm in part.live_gemms if live]
+        # by rows, as if all attended alike: exact but for the last layer, where few are alive
+        self.attending = live / rows if part.attends else 0.0
+        self.attention = work.attention[part.window] if part.attends else AttentionTime()
+
+    def seconds(self, sms: int, taken: float = 0.0) -> float:
+        """On `sms` SMs, while the share `taken` of the memory's bandwidth is used by others."""
+        if self.empty:
+            return 0.0
+        left = 1.0 - taken
+        seconds = self.launch_s + self.moving_s / left
+        for gemm, rows, memory_s in self.gemms:
+            compute_s = gemm.compute_s(rows, sms)
+            memory_s /= left
+            seconds += compute_s if compute_s > memory_s else memory_s
+        if self.attending:
+            seconds += self.attention.seconds(self.sms / sms, taken) * self.attending
+        return seconds

@@ -34,10 +34,12 @@ def measure_step_times(runner: Any) -> StepTimes:
 
 
 def fitting(runner: Any) -> list[int]:
-    """Row counts that the cache, the step budget and the model's length have room for."""
+    """Row counts that the cache, the step budget and the model's length have room for. On CUDA the largest step, too:
+    there the smaller ones wait for the host, and say little of it."""
     capacity = len(runner.storage) * runner.config.block_size
     most = min(capacity, runner.config.max_num_batched_tokens, runner.max_model_len)
-    return [rows for rows in ROW_COUNTS if rows <= most]
+    largest = {most} if runner.ranks.device.type == "cuda" else set()
+    return sorted(largest | {rows for rows in ROW_COUNTS if rows <= most})
 
 
 def time_step(runner: Any, mode: str, rows: int) -> float:

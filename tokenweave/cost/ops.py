@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tokenweave.cost.hardware import Hardware, Tile
 from tokenweave.cost.shape import DTYPE_BYTES
@@ -28,6 +28,7 @@ class Gemm:
         splits = [s for s in SPLITS if not experts and (s == 1 or k >= s * SHORTEST_SPLIT)]
         self.options = [self._option(tile, split) for tile in hardware.tiles for split in splits]
         self.grain = math.gcd(*(tile.rows for tile in hardware.tiles)) if hardware.tiles and not experts else 1
+        self._chosen: dict[int, tuple[int, int, float, float]] = {}
         self._known: dict[tuple[int, int], float] = {}
 
     def _option(self, tile: Tile, split: int) -> tuple[int, int, float, float]:
@@ -57,7 +58,9 @@ class Gemm:
     def _compute_s(self, rows: int, sms: int) -> float:
         if not self.options:
             return 2 * rows * self.top_k * self.n * self.k / (self.flops * sms / self.sms)
-        return self._waves_s(min(self.options, key=lambda option: self._waves_s(option, rows, self.sms)), rows, sms)
+        if rows not in self._chosen:
+            self._chosen[rows] = min(self.options, key=lambda option: self._waves_s(option, rows, self.sms))
+        return self._waves_s(self._chosen[rows], rows, sms)
 
     def _waves_s(self, option: tuple[int, int, float, float], rows: int, sms: int) -> float:
         tile_rows, beside, tile_s, merge_s = option
@@ -91,8 +94,7 @@ def _pairs_before(position: int, window: int | None) -> int:
     return window * (window + 1) // 2 + (position - window) * window
 
 
-@dataclass(frozen=True)
-class AttentionTime:
+class AttentionTime(NamedTuple):
     """Seconds alone on the whole machine: of parts that compute bounds, of parts that memory bounds, and of the longest
     thread block, which bounds the first from below."""
 
@@ -121,8 +123,9 @@ class Attention:
         if tokens == 0:
             return AttentionTime()
         keys = context + tokens if self.window is None else min(context + tokens, self.window + tokens - 1)
-        compute_s, memory_s = visible_pairs(tokens, context, self.window) * self.pair_s, keys * self.key_s
+        pairs = keys if tokens == 1 else visible_pairs(tokens, context, self.window)
+        compute_s, memory_s = pairs * self.pair_s, keys * self.key_s
         if memory_s > compute_s:
-            return AttentionTime(memory_s=memory_s)
+            return AttentionTime(0.0, memory_s)
         last_keys = keys if self.window is None else min(keys, self.window)
-        return AttentionTime(compute_s, longest_s=min(tokens, QUERY_TILE) * last_keys * self.block_pair_s)
+        return AttentionTime(compute_s, 0.0, min(tokens, QUERY_TILE) * last_keys * self.block_pair_s)

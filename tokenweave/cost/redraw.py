@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from random import Random
 
-from tokenweave.cost.cost import MOST_TAKEN, Cost
+from tokenweave.cost.cost import MOST_TAKEN, Cost, Segment
 from tokenweave.cost.hardware import Efficiency, Hardware
 from tokenweave.cost.parts import Part
 from tokenweave.cost.shape import ModelShape
@@ -30,17 +30,35 @@ class RedrawnCost(Cost):
     and `taken_factor` times its share of the memory's bandwidth."""
 
     def __init__(
-        self, shape: ModelShape, hardware: Hardware, world_size: int, *, sms_factor: float, taken_factor: float, graph: bool
+        self,
+        shape: ModelShape,
+        hardware: Hardware,
+        world_size: int,
+        *,
+        sms_factor: float,
+        taken_factor: float,
+        graph: bool,
     ):
         super().__init__(shape, hardware, world_size, graph=graph)
         self.sms_factor, self.taken_factor = sms_factor, taken_factor
 
-    def part_s(self, part: Part, work: Work, sms: int, taken: float = 0.0) -> float:
-        lost = round(self.sms_factor * (self.hardware.sms - sms))
-        return super().part_s(part, work, max(1, self.hardware.sms - lost), taken)
+    def segment(self, part: Part, work: Work) -> Segment:
+        return CrowdedSegment(self, part, work)
 
     def taken(self, rows: int, sum_s: float) -> float:
         return min(MOST_TAKEN, self.taken_factor * super().taken(rows, sum_s))
+
+
+class CrowdedSegment(Segment):
+    """Loses `sms_factor` times the SMs that it is said to lose."""
+
+    def __init__(self, cost: RedrawnCost, part: Part, work: Work):
+        super().__init__(cost, part, work)
+        self.all_sms, self.sms_factor = cost.hardware.sms, cost.sms_factor
+
+    def seconds(self, sms: int, taken: float = 0.0) -> float:
+        lost = round(self.sms_factor * (self.all_sms - sms))
+        return super().seconds(max(1, self.all_sms - lost), taken)
 
 
 def redraw_cost(cost: Cost, random: Random, spread: float = SPREAD) -> RedrawnCost:

@@ -2,60 +2,86 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 from tokenweave.cost.choice import Choice
 from tokenweave.cost.step import Step
 
-CUT_GRAIN = 128  # rows: a cut at a tile's edge wastes none
-CUTS = 32  # so many, at most, are ranked by the waves of their GEMMs
-SHORTLIST = 6  # of those are laid out
-FINALISTS = 3  # of those get their own SM counts
-FIRST_SMS = 8  # at both sites, to begin with
+GRAIN = 64  # rows: a cut at a tile's edge, from either end, wastes none
+FINE_CUTS = 128  # at most, from either end, are ranked by their GEMMs alone
+REGIONS = 16  # the best of each of so many parts of the batch are ranked with attention and sums
+FINALISTS = 6  # at most, of those, get SM counts of their own
+SLACK = 0.003  # of the time: what cannot gain more is not looked at
 
 
-def best_weave(step: Step) -> tuple[Choice, float] | None:
-    """(the woven choice with the least predicted time, that time); None for one rank or fewer than two rows."""
+class Found(NamedTuple):
+    """The woven choice with the least predicted time, that time, and how many choices were looked at: cuts ranked with
+    attention and sums, and pairs of SM counts for each finalist."""
+
+    choice: Choice
+    seconds: float
+    candidates: int
+
+
+def best_weave(step: Step) -> Found | None:
+    """The best way found to weave a step; None for one rank or fewer than two rows.
+
+    Bounded for the sake of serving: a batch that was never seen before costs less than a millisecond, once the model's
+    GEMMs are known for such row counts (Cost.warm_up).
+    """
     if step.batch.rows < 2 or step.cost.world_size == 1:
         return None
-    sms = min(step.cost.hardware.communication_sms, key=lambda count: abs(count - FIRST_SMS))
-    first = (sms, sms)
-    listed = sorted((step.woven(cut).core_s(*first), cut) for cut in shortlist(step))
-    choices = [_climbed(step, cut, core_s, first) for core_s, cut in listed[:FINALISTS]]
-    return min(((choice, step.seconds(choice)) for choice in choices), key=lambda timed: timed[1])
+    bounds = sorted((_bound_s(step, cut), cut) for cut in shortlist(step))
+    counts = len(step.cost.hardware.communication_sms)
+    best, looked = None, len(bounds)
+    for bound_s, cut in bounds[:FINALISTS]:
+        if best is not None and bound_s >= (1.0 - SLACK) * best[0]:
+            break
+        found = (*step.woven(cut).best_sms(SLACK), cut)
+        best, looked = found if best is None else min(best, found), looked + counts * counts
+    assert best is not None
+    choice = Choice("weave", best[3], best[1], best[2])
+    return Found(choice, step.seconds(choice), looked)
 
 
 def shortlist(step: Step) -> list[int]:
-    """The middle, and the cuts between a quarter and three quarters whose halves' GEMMs waste least in their waves."""
+    """The middle, and from each region of the batch the cuts whose halves' GEMMs waste least in their waves: one at a
+    tile's edge from the front, one from the end."""
     rows = step.batch.rows
-    grain = CUT_GRAIN * max(1, -(-rows // (2 * CUTS * CUT_GRAIN)))
-    middle = aligned(rows // 2, rows)
-    cuts = range(-(-rows // 4 // grain) * grain, rows * 3 // 4 + 1, grain)
-    ranked = sorted((cut for cut in cuts if 0 < cut < rows and cut != middle), key=lambda cut: _gemms_s(step, cut))
-    return [middle, *ranked[: SHORTLIST - 1]]
+    grain = GRAIN * max(1, -(-rows // (FINE_CUTS * GRAIN)))
+    edges = range(grain, rows, grain)
+    cuts = {middle(rows), *_best_of_regions(step, edges), *_best_of_regions(step, [rows - edge for edge in edges])}
+    return sorted(cuts)
 
 
-def aligned(cut: int, rows: int) -> int:
-    """The nearest multiple of the grain that leaves rows on both sides, or `cut` itself."""
-    at_edge = round(cut / CUT_GRAIN) * CUT_GRAIN
-    return at_edge if 0 < at_edge < rows else cut
+def middle(rows: int) -> int:
+    """The tile's edge that is nearest to the middle, or the middle of few rows."""
+    at_edge = round(rows / 2 / GRAIN) * GRAIN
+    return at_edge if 0 < at_edge < rows else rows // 2
 
 
-def _gemms_s(step: Step, cut: int) -> float:
-    sms, rows = step.cost.hardware.sms, step.batch.rows
-    gemms = [gemm for part in step.cost.core.parts for gemm in (*part.gemms, *part.live_gemms)]
-    return sum(gemm.compute_s(cut, sms) + gemm.compute_s(rows - cut, sms) for gemm in gemms)
+def _best_of_regions(step: Step, cuts: Iterable[int]) -> list[int]:
+    """The best by GEMMs in each of REGIONS equal parts of the batch."""
+    rows, gemms_s = step.batch.rows, step.cost.gemms_s
+    best: dict[int, tuple[float, int]] = {}
+    for cut in cuts:
+        region, ranked = cut * REGIONS // rows, (gemms_s(cut) + gemms_s(rows - cut), cut)
+        if region not in best or ranked < best[region]:
+            best[region] = ranked
+    return [cut for _, cut in best.values()]
 
 
-def _climbed(step: Step, cut: int, best_s: float, start: tuple[int, int]) -> Choice:
-    """The SM counts for a cut: of each site in turn, more while that helps, or else fewer."""
-    woven, best = step.woven(cut), list(start)
-    for site in (0, 1, 0):
-        counts = step.cost.hardware.communication_sms
-        at = counts.index(best[site])
-        for direction in (counts[at + 1 :], counts[:at][::-1]):
-            for count in direction:
-                tried = [*best[:site], count, *best[site + 1 :]]
-                tried_s = woven.core_s(*tried)
-                if tried_s >= best_s:
-                    break
-                best, best_s = tried, tried_s
-    return Choice("weave", cut, *best)
+def _bound_s(step: Step, cut: int) -> float:
+    """What a round of the core takes at least: each segment alone, or the sum it runs beside at the best SM count."""
+    cost, rows = step.cost, (cut, step.batch.rows - cut)
+    sums_s = [cost.fused_s(count, None) for count in rows]
+    attention = {window: sums.halves(cut) for window, sums in step.attention.items()}
+    seconds = 0.0
+    for part in cost.core.parts:
+        for half in (0, 1):
+            alone_s = cost.rows_s(part, rows[half])
+            if part.attends:
+                alone_s += attention[part.window][half].seconds(1.0, 0.0)
+            seconds += alone_s if part.gathers else max(alone_s, sums_s[1 - half])
+    return seconds

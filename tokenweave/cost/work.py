@@ -49,13 +49,18 @@ class BatchAttention:
 
     def __init__(self, batch: Batch, attention: Attention):
         self.batch, self.attention = batch, attention
-        alike = [(chunk.tokens, chunk.context) for chunk in batch.chunks]
-        known = {key: attention.chunk(*key) for key in set(alike)}
-        times = [known[key] for key in alike]
-        self.compute_s = [0.0, *accumulate(time.compute_s for time in times)]
-        self.memory_s = [0.0, *accumulate(time.memory_s for time in times)]
-        self.longest_before = [0.0, *accumulate((time.longest_s for time in times), max)]
-        self.longest_after = [*accumulate((time.longest_s for time in reversed(times)), max, initial=0.0)][::-1]
+        known: dict[tuple[int, int], AttentionTime] = {}
+        times = []
+        for chunk in batch.chunks:
+            key = (chunk.tokens, chunk.context)
+            if key not in known:
+                known[key] = attention.chunk(*key)
+            times.append(known[key])
+        compute_s, memory_s, longest_s = zip(*times) if times else ((), (), ())
+        self.compute_s = [0.0, *accumulate(compute_s)]
+        self.memory_s = [0.0, *accumulate(memory_s)]
+        self.longest_before = [0.0, *accumulate(longest_s, max)]
+        self.longest_after = [*accumulate(reversed(longest_s), max, initial=0.0)][::-1]
 
     def whole(self) -> AttentionTime:
         return AttentionTime(self.compute_s[-1], self.memory_s[-1], self.longest_before[-1])

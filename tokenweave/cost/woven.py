@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 
-from tokenweave.cost.cost import Cost
+from tokenweave.cost.cost import Cost, Segment, usual_sms
 from tokenweave.cost.lanes import Turn, TwoLanes
 from tokenweave.cost.parts import Block, Part
 from tokenweave.cost.work import Work
+
+SITES = {"attn": 0, "qk_norm": 0, "mlp": 1, "embed": 1, "head": 1}  # which of a choice's two SM counts a request gets
 
 
 class Woven:
@@ -15,57 +18,96 @@ class Woven:
 
     def __init__(self, cost: Cost, halves: tuple[Work, Work]):
         self.cost, self.halves = cost, halves
-        self._alone: dict[tuple[Part, int], float] = {}
+        self._segments: dict[tuple[Part, int], tuple[Segment, float]] = {}
         self._beside: dict[tuple[Part, int, Part, int], float] = {}
-        self._sums: dict[tuple[Part, int, int], float] = {}
+        self._sums: dict[tuple[int, int], float] = {}
 
-    def core_s(self, attention_sms: int, mlp_sms: int) -> float:
-        """Of the most repeated layers alone, which is what choices differ in: for ranking them fast."""
-        return self.lay_out(attention_sms, mlp_sms, (self.cost.core,)).end_s
+    def best_sms(self, slack: float = 0.0) -> tuple[float, int, int]:
+        """(seconds of a round of the core, its most repeated layers; the SM counts that make it least, but for a share
+        of `slack`).
+
+        Exact without laying out anything: a segment starts when its own sum ends, which is when, or after, the other
+        half's begins. So each segment runs beside one sum, of one site, and the two last as long as the longer.
+        """
+        counts = usual_sms(self.cost.hardware)
+        attention_s, attention_sms = self._best_of_site(0, counts, 1.0 - slack)
+        mlp_s, mlp_sms = self._best_of_site(1, counts, 1.0 - slack)
+        return attention_s + mlp_s, attention_sms, mlp_sms
 
     def lay_out(self, attention_sms: int, mlp_sms: int, blocks: tuple[Block, ...] | None = None) -> TwoLanes:
         """The lanes, filled as weave() fills them with all blocks, or with those given."""
-        sites = {"attn": attention_sms, "qk_norm": attention_sms, "mlp": mlp_sms, "embed": mlp_sms, "head": mlp_sms}
+        sms = (attention_sms, mlp_sms)
         lanes, before = TwoLanes(), None
         for block in blocks or self.cost.parts.blocks:
             # what is in flight as a block's repeats begin is what its own last part sent
             before = block.parts[-1] if block.repeats > 1 else before
-            lanes.run_block(list(self._turns(block, before, sites)), block.repeats)
+            lanes.run_block(list(self._turns(block, before, sms)), block.repeats)
             before = block.parts[-1]
         return lanes
 
-    def _turns(self, block: Block, before: Part | None, sites: dict[str, int]) -> Iterator[tuple[Turn, Turn]]:
+    def _best_of_site(self, site: int, counts: Iterable[int], worth: float) -> tuple[float, int]:
+        """(seconds of the core's segments that run beside sums of that site, the SM count that makes them least)."""
+        parts = self.cost.core.parts
+        # beside the first half's sum the second computes the same part, beside the second's the first the next
+        stages = [
+            (half, part, other, self._alone_s(half, part))
+            for other, after in zip(parts, (*parts[1:], parts[0]))
+            if SITES[other.site] == site
+            for half, part in ((1, other), (0, after))
+        ]
+        best_s, best_sms = math.inf, 0
+        for sms in counts:
+            sums_s = [self._sum_s(1 - half, other, sms) for half, _, other, _ in stages]
+            if sum(map(max, sums_s, (stage[3] for stage in stages))) >= worth * best_s:
+                continue  # not even if the sums took nothing from the segments
+            seconds = 0.0
+            for (half, part, other, alone_s), sum_s in zip(stages, sums_s):
+                beside_s = self._beside_s(half, part, other, sms)
+                seconds += sum_s if beside_s <= sum_s else sum_s + (1.0 - sum_s / beside_s) * alone_s
+            best_s, best_sms = min((best_s, best_sms), (seconds, sms))
+        return best_s, best_sms
+
+    def _turns(self, block: Block, before: Part | None, sms: tuple[int, int]) -> Iterator[tuple[Turn, Turn]]:
         for part in block.parts:
-            yield self._turn(0, part, before, sites), self._turn(1, part, part, sites)
+            yield self._turn(0, part, before, sms), self._turn(1, part, part, sms)
             before = part
 
-    def _turn(self, half: int, part: Part, other: Part | None, sites: dict[str, int]) -> Turn:
+    def _turn(self, half: int, part: Part, other: Part | None, sms: tuple[int, int]) -> Turn:
         """other: the part of the other half whose request may be in flight."""
-        alone_s, sum_s = self._alone_s(half, part), self._sum_s(half, part, sites[part.site])
+        alone_s, sum_s = self._alone_s(half, part), self._sum_s(half, part, sms[SITES[part.site]])
         if self.cost.world_size == 1:  # nothing to send: the norm stays on the compute lane
             return alone_s + sum_s, alone_s + sum_s, 0.0
-        beside_s = alone_s if other is None else self._beside_s(half, part, other, sites[other.site])
+        beside_s = alone_s if other is None else self._beside_s(half, part, other, sms[SITES[other.site]])
         return alone_s, beside_s, sum_s
 
     def _alone_s(self, half: int, part: Part) -> float:
-        key = (part, half)
-        if key not in self._alone:
-            self._alone[key] = self.cost.part_s(part, self.halves[half], self.cost.hardware.sms)
-        return self._alone[key]
+        return self._segment(half, part)[1]
+
+    def _segment(self, half: int, part: Part) -> tuple[Segment, float]:
+        """(what the part computes, seconds of it alone)."""
+        known = self._segments.get((part, half))
+        if known is None:
+            segment = self.cost.segment(part, self.halves[half])
+            known = self._segments[part, half] = segment, segment.seconds(self.cost.hardware.sms)
+        return known
 
     def _beside_s(self, half: int, part: Part, other: Part, sms: int) -> float:
         """While the other half's request takes `sms` SMs and its share of the memory's bandwidth. Never faster."""
         key = (part, half, other, sms)
-        if key not in self._beside:
+        seconds = self._beside.get(key)
+        if seconds is None:
+            segment, alone_s = self._segment(half, part)
             left = max(1, self.cost.hardware.sms - sms)
             rows = 0 if other.gathers else self.halves[1 - half].going(other)
-            taken = self.cost.taken(rows, self._sum_s(1 - half, other, sms))
-            beside_s = self.cost.part_s(part, self.halves[half], left, taken)
-            self._beside[key] = max(beside_s, self._alone_s(half, part))
-        return self._beside[key]
+            taken = self.cost.taken(rows, self._sum_s(1 - half, other, sms)) if rows else 0.0
+            seconds = self._beside[key] = max(segment.seconds(left, taken), alone_s)
+        return seconds
 
     def _sum_s(self, half: int, part: Part, sms: int) -> float:
-        key = (part, half, sms)
-        if key not in self._sums:
-            self._sums[key] = self.cost.request_s(part, self.halves[half].going(part), "weave", sms)
-        return self._sums[key]
+        rows = self.halves[half].going(part)
+        if part.gathers:
+            return self.cost.request_s(part, rows, "weave", sms)
+        seconds = self._sums.get((rows, sms))  # whatever was computed before it
+        if seconds is None:
+            seconds = self._sums[rows, sms] = self.cost.request_s(part, rows, "weave", sms)
+        return seconds

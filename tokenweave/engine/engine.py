@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenweave.comm.group import Ranks
 from tokenweave.config import EngineConfig
+from tokenweave.cost.planner import Planner
 from tokenweave.engine.batch import Batch
 from tokenweave.engine.kv_cache import BlockPool
 from tokenweave.engine.prompts import Limits
@@ -17,7 +18,7 @@ from tokenweave.engine.runner import Runner
 from tokenweave.engine.sampler import Sampled, SamplingRow, sample
 from tokenweave.engine.scheduler import Scheduled, Scheduler
 from tokenweave.engine.vocabulary import Vocabulary
-from tokenweave.weave.plan import Plan, StepTimes, plan_step
+from tokenweave.weave.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,13 @@ class Engine:
         ranks: Ranks,
         runner: Runner,
         vocabulary: Vocabulary,
-        times: StepTimes | None,
+        planner: Planner,
     ):
         self.config = config
         self.ranks = ranks
         self.runner = runner
         self.vocabulary = vocabulary
-        self.times = times
+        self.planner = planner
         pool = BlockPool(len(runner.storage), config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(pool, config.max_num_batched_tokens, config.max_num_seqs, config.policy)
         self.limits = Limits(runner.spec.vocab_size, runner.max_model_len, pool.num_blocks * config.block_size)
@@ -89,7 +90,7 @@ class Engine:
         batch = Batch(tuple(one.sequence.span(one.count) for one in scheduled))
         wanting = zip(scheduled, batch.spans, strict=True)
         drawing = [running[id(one.sequence)] for one, span in wanting if span.wanted]
-        plan = plan_step(self.config.overlap, batch.rows, self.times)
+        plan = self.planner.plan(batch.spans)
         return Step(batch, plan, tuple(completion.row() for _, completion in drawing)), drawing
 
     def _take_in(self, drawing: list[tuple[RequestState, Completion]], sampled: Sampled) -> list[RequestState]:

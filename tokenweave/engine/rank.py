@@ -13,6 +13,8 @@ import torch
 from tokenweave.comm.group import Ranks, Rendezvous, join
 from tokenweave.config import EngineConfig
 from tokenweave.cost.measure import measure_step_times
+from tokenweave.cost.planner import Planner
+from tokenweave.engine.planning import open_planner
 from tokenweave.engine.runner import Runner
 from tokenweave.models.hub import resolve
 from tokenweave.models.registry import read_config
@@ -28,7 +30,8 @@ class Rank:
     runner: Runner
     folder: Path
     hf_config: Any
-    times: StepTimes | None  # what overlap="auto" decides by
+    times: StepTimes | None  # measured for overlap="auto"
+    planner: Planner
 
     def close(self) -> None:
         self.runner.close()
@@ -62,10 +65,12 @@ def load_rank(config: EngineConfig, ranks: Ranks, observers: tuple[Observer, ...
         # Not `together`, which would wait for ranks in mid-step: these see the connections of one that failed end.
         measured = config.overlap == "auto" and ranks.world_size > 1
         times = measure_step_times(runner) if measured else None
+        with ranks.together("reading what is known of this machine"):
+            planner = open_planner(runner, times)
     except BaseException:
         runner.close()
         raise
-    return Rank(ranks, runner, folder, hf_config, times)
+    return Rank(ranks, runner, folder, hf_config, times, planner)
 
 
 def prepare(config: EngineConfig) -> None:

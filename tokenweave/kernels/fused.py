@@ -20,9 +20,10 @@ ELEMENTS = {torch.bfloat16: "Bf16", torch.float16: "F16", torch.float32: "F32"}
 SUMS = {"multimem": "MULTIMEM", "two_shot": "TWO_SHOT", "one_shot": "ONE_SHOT"}
 FLAGS = ("residual", "listed", "bias", "post_norm", "norm", "keep")  # bit 0, bit 1, ... of kernel.cuh's Flag
 
-BLOCK_THREADS = 256  # at most: each may then use 255 registers, which a row and the loads in flight need
-VECTORS_PER_THREAD = 20  # of a row, at most: twice 80 registers
-LOADS_IN_FLIGHT = 16  # 16-byte loads for each thread, at least: 64 KB for a block
+BLOCK_THREADS = 512  # at most
+REGISTERS = 65536  # of an SM, on every GPU since compute capability 3.5
+BYTES_IN_FLIGHT = 64 << 10  # of a block, where its rows have so many: with fewer, few blocks cannot fill a link
+GROUPS = 3  # of threads, for a block: while one waits for its row's sum, others compute
 SHARED_BYTES = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10, (10, 3): 227 << 10}
 LEAST_SHARED_BYTES = (
     99 << 10
@@ -93,7 +94,8 @@ class Geometry:
         vectors = self.vectors(variant)
         if variant.sum == "multimem":
             return vectors
-        least = -(-LOADS_IN_FLIGHT // variant.world_size)
+        loads = -(-BYTES_IN_FLIGHT // 16 // self.threads)
+        least = -(-loads // variant.world_size)
         return next((n for n in range(1, vectors) if vectors % n == 0 and n >= least), vectors)
 
     def bytes_in_flight(self, variant: Variant) -> int:
@@ -108,23 +110,38 @@ class Geometry:
         residual = 0 if not variant.residual else self.vectors(variant) if variant.post_norm else ahead
         return 16 * self.threads * (peers + residual) + 2 * 4 * self.rows_per_block * (self.threads_per_row // 32)
 
+    def registers(self, variant: Variant) -> int:
+        """Registers that a thread needs without spills: its part of a row, what the switch delivers, peers' addresses,
+        and what ptxas has been seen to take for the rest (tests/kernels/test_fused_cubins.py holds it to that)."""
+        part = 4 * self.vectors(variant)
+        wide = variant.dtype == torch.float32
+        if variant.sum == "multimem":
+            return 2 * part + (96 if wide else 76)
+        return part + 4 * variant.world_size + (96 if wide else 84)
+
+    def fits(self, variant: Variant, shared_bytes: int) -> bool:
+        available = min(255, REGISTERS // self.threads // 8 * 8)  # handed out by eights
+        return self.registers(variant) <= available and self.shared_bytes(variant) <= shared_bytes
+
 
 @functools.cache
-def geometry(variant: Variant, shared_bytes: int = 227 << 10, block_threads: int = BLOCK_THREADS) -> Geometry:
-    """The geometry with the most bytes in flight that fits into `shared_bytes`; of several, the one with most threads.
+def geometry(variant: Variant, shared_bytes: int = 227 << 10) -> Geometry:
+    """The geometry for a GPU whose blocks may have `shared_bytes`.
 
+    Of those that fit: enough bytes in flight, then enough groups, then most threads, then fewest vectors for each.
     Raises ValueError if none fits.
     """
-    widths = range(32, block_threads + 1, 32)
-    candidates = [Geometry(width, block_threads // width) for width in widths]
-    fitting = [
-        each
-        for each in candidates
-        if each.vectors(variant) <= VECTORS_PER_THREAD and each.shared_bytes(variant) <= shared_bytes
-    ]
+    widths = range(32, BLOCK_THREADS + 1, 32)
+    candidates = [Geometry(width, rows) for width in widths for rows in range(1, BLOCK_THREADS // width + 1)]
+    fitting = [each for each in candidates if each.fits(variant, shared_bytes)]
     if not fitting:
         raise ValueError(f"{variant} does not fit into {shared_bytes} bytes of shared memory; use comm='sharded'")
-    return max(fitting, key=lambda each: (each.bytes_in_flight(variant), each.threads_per_row))
+
+    def merit(each: Geometry) -> tuple[int, ...]:
+        in_flight = min(each.bytes_in_flight(variant), BYTES_IN_FLIGHT)
+        return in_flight, min(each.rows_per_block, GROUPS), each.threads, -each.vectors(variant)
+
+    return max(fitting, key=merit)
 
 
 def shared_bytes_of(capability: tuple[int, int]) -> int:

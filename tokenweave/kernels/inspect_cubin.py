@@ -117,9 +117,11 @@ def parse_instructions(listing: str) -> list[Instruction]:
 
 
 def scheduled(address: int, text: str, upper: int) -> Instruction:
-    """The scheduling is in the upper half: 4 bits of stall from bit 41 on, a yield hint, 2 x 3 bits, 6 bits to wait for."""
+    """The scheduling is in the upper half, from bit 41 on: stall 4 bits, yield 1, sets 3, read 3, waits for 6."""
     stall, sets, waits = upper >> 41 & 15, upper >> 46 & 7, upper >> 52 & 63
-    return Instruction(address, text, stall, None if sets == 7 else sets, frozenset(n for n in range(6) if waits >> n & 1))
+    return Instruction(
+        address, text, stall, None if sets == 7 else sets, frozenset(n for n in range(6) if waits >> n & 1)
+    )
 
 
 def parse_resources(listing: str) -> dict[str, Resources]:

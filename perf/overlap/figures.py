@@ -1,0 +1,84 @@
+"""Figures: from seconds by round to what the report states. Pure functions."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+COMPUTE, COMMUNICATION = "nocomm", "communication alone"  # contestants that `ideal` is made of
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of one figure over all rounds."""
+
+    median: float
+    min: float
+    max: float
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.median:{spec}} ({self.min:{spec}}-{self.max:{spec}})"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    return Spread(statistics.median(values), min(values), max(values))
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Linear between the two nearest ranks, as numpy does it. Raises ValueError without values."""
+    if not values or not 0 <= percent <= 100:
+        raise ValueError(f"a percentile needs values and 0 <= percent <= 100, got {len(values)} values and {percent}")
+    ordered = sorted(values)
+    at = (len(ordered) - 1) * percent / 100
+    low = int(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+
+
+def ideal(compute_s: Sequence[float], communication_s: Sequence[float]) -> list[float]:
+    """What no schedule can beat, round by round: the longer of compute alone and communication alone."""
+    return [max(pair) for pair in zip(compute_s, communication_s, strict=True)]
+
+
+def hidden_share(off_s: float, mode_s: float, ideal_s: float) -> float | None:
+    """Of the time that overlap can save, the part that `mode` does; None where there is nothing to save.
+
+    Negative for a mode slower than off.
+    """
+    return (off_s - mode_s) / (off_s - ideal_s) if off_s > ideal_s else None
+
+
+def with_ideal(seconds: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """The contestants' seconds by round, and those of `ideal` where both of its parts were measured."""
+    rows = {name: list(values) for name, values in seconds.items()}
+    if COMPUTE in rows and COMMUNICATION in rows:
+        rows["ideal"] = ideal(rows[COMPUTE], rows[COMMUNICATION])
+    return rows
+
+
+def gain(seconds: Mapping[str, Sequence[float]], mode: str) -> Spread:
+    """off / mode, round by round: above 1, `mode` is faster."""
+    return spread([off / own for off, own in zip(seconds["off"], seconds[mode], strict=True)])
+
+
+def exposed(seconds: Mapping[str, Sequence[float]], mode: str) -> Spread | None:
+    """Seconds of a step beyond compute alone, round by round."""
+    if COMPUTE not in seconds:
+        return None
+    return spread([own - compute for own, compute in zip(seconds[mode], seconds[COMPUTE], strict=True)])
+
+
+def hidden(seconds: Mapping[str, Sequence[float]], mode: str) -> Spread | None:
+    """The share hidden, over the rounds in which there was something to hide."""
+    if "ideal" not in seconds:
+        return None
+    triples = zip(seconds["off"], seconds[mode], seconds["ideal"], strict=True)
+    shares = [share for triple in triples if (share := hidden_share(*triple)) is not None]
+    return spread(shares) if shares else None
+
+
+def never_slower(seconds: Mapping[str, Sequence[float]], mode: str) -> bool:
+    """Whether `mode` is not slower than off by more than the spread of the two over rounds."""
+    off, own = spread(seconds["off"]), spread(seconds[mode])
+    return own.median <= off.median + max(off.max - off.min, own.max - own.min)

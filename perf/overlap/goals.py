@@ -1,0 +1,49 @@
+"""Goals: what the harness must show on a link, and whether it did. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from perf.overlap import figures
+from perf.overlap.figures import with_ideal
+from perf.overlap.points import Point
+
+LONG_TOKENS = 1024
+HIDDEN = {1000: 0.75, 500: 0.90}  # Mbit/s -> least share hidden by weave, for prompts of LONG_TOKENS and more
+GAIN = {1000: 1.40, 500: 1.60}  # Mbit/s -> least off / weave at LONG_TOKENS
+PEER, PEER_GAIN, PEER_MBIT = "transformers TP", 1.5, 1000
+
+
+@dataclass(frozen=True)
+class Finding:
+    setting: str
+    what: str
+    goal: str
+    found: str
+    met: bool
+
+
+def findings(results: list[tuple[Point, dict[str, Any]]]) -> list[Finding]:
+    """Of every prefill point, in order."""
+    return [one for point, result in results if point.measure == "prefill" for one in judge(point, result)]
+
+
+def judge(point: Point, result: dict[str, Any]) -> Iterator[Finding]:
+    seconds, tokens, mbit = with_ideal(result["seconds"]), int(point.x), round(point.setting.mbit_per_s)
+    where, at = point.setting.title, f"{tokens} tokens"
+    if tokens >= LONG_TOKENS and mbit in HIDDEN and (share := figures.hidden(seconds, "weave")):
+        least = HIDDEN[mbit]
+        yield Finding(where, f"hidden by weave, {at}", f">= {least:.0%}", f"{share:.0%}", share.median >= least)
+    if tokens == LONG_TOKENS and mbit in GAIN:
+        ratio, least = figures.gain(seconds, "weave"), GAIN[mbit]
+        yield Finding(where, f"off / weave, {at}", f">= {least:.2f}", f"{ratio:.2f}", ratio.median >= least)
+    if tokens == LONG_TOKENS and mbit == PEER_MBIT and PEER in seconds:
+        ratio = figures.gain({"off": seconds[PEER], "weave": seconds["weave"]}, "weave")
+        found = f"{ratio:.2f}"
+        yield Finding(where, f"{PEER} / weave, {at}", f">= {PEER_GAIN:.2f}", found, ratio.median >= PEER_GAIN)
+    for mode in ("weave", "auto"):
+        ratio = figures.gain(seconds, mode)
+        met = figures.never_slower(seconds, mode)
+        yield Finding(where, f"off / {mode}, {at}", "not slower by more than the spread", f"{ratio:.2f}", met)

@@ -1,0 +1,102 @@
+"""Modes: ways to run the same step. What each is made of: how the batch is overlapped, and what carries the bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from perf.overlap.figures import COMMUNICATION
+from perf.overlap.points import Setting
+from perf.overlap.silent import SilentTransport, note
+from tokenweave.comm.link import Link, PacedTransport
+from tokenweave.cost.planner import Planner
+from tokenweave.engine.batch import Batch
+from tokenweave.engine.rank import Rank
+from tokenweave.weave.plan import Plan
+
+
+@dataclass(frozen=True)
+class Mode:
+    """overlap: as EngineConfig's. wire: "link", "silent" (sends nothing) or "sleeps" (a paced link, nothing sent)."""
+
+    overlap: str
+    wire: str = "link"
+
+
+MODES = {
+    "off": Mode("off"),
+    "fused": Mode("fused"),
+    "weave": Mode("weave"),
+    "auto": Mode("auto"),
+    "nocomm": Mode("off", "silent"),
+}
+CONTROLS = {"off, sleeps only": Mode("off", "sleeps"), "weave, sleeps only": Mode("weave", "sleeps")}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """An open rank, the wires that a mode may be run on, and the peers that could be opened."""
+
+    rank: Rank
+    setting: Setting
+    wires: dict[str, Any]
+    peers: dict[str, Callable[[list[int]], Any]]
+    missing: dict[str, str]  # peer -> why
+
+    @property
+    def modes(self) -> dict[str, Mode]:
+        return MODES | (CONTROLS if "sleeps" in self.wires else {})
+
+    def planner(self, mode: Mode) -> Planner:
+        """As an LLM of that `overlap` would have it, by what was measured on the link."""
+        own = self.rank.planner
+        return Planner(mode.overlap, own.cost, own.times, own.tuned, own.most_rows)
+
+    def plan(self, mode: Mode, batch: Batch) -> Plan:
+        """Rank 0's plan, on every rank. Collective."""
+        ranks = self.rank.ranks
+        return ranks.gather(self.planner(mode).plan(batch.spans) if ranks.rank == 0 else None)[0]
+
+    def step(self, mode: Mode, batch: Batch, plan: Plan) -> None:
+        """One forward pass in that mode, to its end."""
+        self.put_on(mode.wire)
+        self.rank.runner.forward(batch, plan)
+        self.rank.runner.synchronize()
+
+    def put_on(self, wire: str) -> None:
+        self.rank.runner.communicator.transport = self.wires[wire]
+
+    def communication_alone(self, batch: Batch) -> dict[str, Callable[[], Any]]:
+        """The contestant that sends what a step in mode "fused" sends, and computes nothing; none without a wire."""
+        ranks = self.rank.ranks
+        if ranks.world_size == 1 or ranks.device.type == "cuda":  # there kernels communicate, too
+            return {}
+        plan = self.plan(MODES["fused"], batch)
+
+        def run(noting: Any) -> None:
+            self.rank.runner.communicator.transport = noting
+            self.rank.runner.forward(batch, plan)
+
+        return {COMMUNICATION: partial(note(ranks.rank, ranks.world_size, run), self.wires["link"])}
+
+
+def wires(rank: Rank, setting: Setting) -> dict[str, Any]:
+    """What can carry the bytes. `link` is the transport that the rank opened, paced or not."""
+    silent = SilentTransport(rank.ranks.rank, rank.ranks.world_size)
+    own = {"link": rank.runner.communicator.transport, "silent": silent}
+    pace = link(setting)
+    return own if pace is None else own | {"sleeps": PacedTransport(silent, pace)}
+
+
+def link(setting: Setting) -> Link | None:
+    """The simulated wire, where the setting asks for one."""
+    return Link(setting.mbit_per_s * 1e6 / 8) if setting.link == "paced" else None
+
+
+def mode_of(plan: Plan) -> str:
+    """What `auto` chose."""
+    if plan.cut is not None:
+        return "weave"
+    return "off" if plan.form == "reference" else "fused"

@@ -1,0 +1,136 @@
+"""Options: the command line, and the points that it asks for."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from perf.overlap.points import LINKS, MEASURES, Point, Setting
+from perf.overlap.workloads import MIXES
+from perf.shapes import SHAPES
+
+RESULTS = Path(__file__).parents[1] / "results"
+ABOUT = """\
+What overlap is worth: every mode in turn (A B A B), on the same weights, ranks, threads and link.
+
+modes     off     plain all-reduce, then residual and norm on every rank
+          fused   sharded sums, the batch not split
+          weave   two halves, one computes while the other's sum is on the wire
+          auto    what the runtime chooses by the step times that it measured when it started
+          nocomm  nothing is sent: compute alone (wrong results by design)
+          ideal   computed: the longer of compute alone and communication alone
+          and peers, with the weights and the ranks that tokenweave has: see perf/overlap/peers/
+measures  prefill   seconds of one step by prompt length
+          timeline  what both lanes of each rank did in one of them
+          decode    seconds of one step by batch
+          mix       tokens/s, TTFT, TPOT and E2E at p50/p90/p99 of requests that come at their own times
+links     real   two network namespaces joined by a shaped veth pair, a torchrun in each (Linux; root or unshare -Ur)
+          paced  simulated: loopback, and the comm lane sleeps until a wire of that speed would be done
+          none   what joins the ranks anyway; the only one with --device cuda
+"""
+EXAMPLES = """\
+examples:
+  python -m perf.overlap --quick                          a minute or two: does everything work here?
+  python -m perf.overlap --measures prefill timeline      the figures by prompt length; leave the machine alone
+  python -m perf.overlap --link paced --mbit 1000         without any privileges
+
+Writes report.md with its plots, results.csv and results.json to the folder --out. The same command goes on where an
+earlier one was ended; what other code or another machine measured is measured again.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser("python -m perf.overlap", description=ABOUT, epilog=EXAMPLES, formatter_class=form)
+    p.add_argument("--link", choices=LINKS, help="default: real, and none with --device cuda or one rank")
+    p.add_argument("--mbit", type=positive, nargs="+", metavar="N", help="link speeds, Mbit/s (default: 1000 500)")
+    p.add_argument("--shapes", choices=SHAPES, nargs="+", help="default: llama-512x8 llama-1024x8")
+    p.add_argument("--measures", choices=MEASURES, nargs="+", default=list(MEASURES), help="default: all")
+    p.add_argument("--prompts", type=count, nargs="+", metavar="N", help="tokens (default: 256 512 1024 2048)")
+    p.add_argument("--batches", type=count, nargs="+", metavar="N", help="decode batches (default: 1 4 16 64)")
+    p.add_argument("--mixes", choices=MIXES, nargs="+", help="default: fixed chat")
+    p.add_argument("--rounds", type=count, help="of each comparison (default: 5); a third as many of each mix")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    p.add_argument("--ranks", type=count, default=2, help="default: 2")
+    p.add_argument("--threads", type=count, default=os.cpu_count() or 1, help="of all ranks together (default: cores)")
+    p.add_argument("--quick", action="store_true", help="a tiny model, few and small points: figures mean nothing")
+    p.add_argument("--out", type=Path, help="default: perf/results/overlap-<date>-<link>")
+    p.add_argument("--timeout-s", type=positive, default=1800.0, help="for one model on one link (default: 1800)")
+    return p
+
+
+FULL: dict[str, Any] = {
+    "mbit": [1000.0, 500.0],
+    "shapes": ["llama-512x8", "llama-1024x8"],
+    "prompts": [256, 512, 1024, 2048],
+    "batches": [1, 4, 16, 64],
+    "mixes": ["fixed", "chat"],
+    "rounds": 5,
+}
+QUICK: dict[str, Any] = {
+    "mbit": [200.0],
+    "shapes": ["llama-128x2"],
+    "prompts": [64, 256],
+    "batches": [1, 4],
+    "mixes": ["quick-fixed", "quick-chat"],
+    "rounds": 2,
+}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line with every default filled in. Leaves with code 2 for what cannot be."""
+    p = parser()
+    options = p.parse_args(argv)
+    for name, value in (QUICK if options.quick else FULL).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if options.link is None:
+        options.link = "none" if options.device == "cuda" or options.ranks == 1 else "real"
+    if options.link != "none" and (options.device == "cuda" or options.ranks == 1):
+        p.error(f"--link {options.link} needs --device cpu and two ranks or more; use --link none")
+    if options.link == "real" and options.ranks % 2:
+        p.error(f"--link real puts half of the ranks on each end: --ranks must be even, not {options.ranks}")
+    name = f"overlap-{date.today().isoformat()}-{options.link}{'-quick' if options.quick else ''}"
+    options.out = options.out or RESULTS / name
+    return options
+
+
+def points(options: argparse.Namespace) -> list[Point]:
+    """What is to be measured, by model and link; the timeline is of the longest prompt up to 1024 tokens."""
+    xs = {"prefill": options.prompts, "decode": options.batches, "mix": options.mixes}
+    xs["timeline"] = [max((tokens for tokens in options.prompts if tokens <= 1024), default=min(options.prompts))]
+    rounds = {"mix": max(1, options.rounds // 3), "timeline": 1}
+    return [
+        Point(setting, measure, x, rounds.get(measure, options.rounds))
+        for setting in settings(options)
+        for measure in MEASURES
+        if measure in options.measures
+        for x in xs[measure]
+    ]
+
+
+def settings(options: argparse.Namespace) -> list[Setting]:
+    threads = max(1, options.threads // options.ranks)
+    first = Setting("", options.link, 0.0, options.ranks, threads, options.device)
+    speeds = [0.0] if options.link == "none" else options.mbit
+    return [replace(first, shape=shape, mbit_per_s=speed) for shape in options.shapes for speed in speeds]
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
+    return value

@@ -1,0 +1,169 @@
+"""Report: results as CSV, JSON, plots, and one page of Markdown that embeds them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from perf.overlap import netns, plots
+from perf.overlap.goals import Finding, findings
+from perf.overlap.points import Point, Setting
+from perf.overlap.rows import COLUMNS, Row, rows
+from tokenweave.trace import overlap
+from tokenweave.trace.spans import Span
+
+Results = Sequence[tuple[Point, dict[str, Any]]]
+
+LINK_WORDS = {
+    "real": (
+        f"Link: two network namespaces joined by a veth pair (MTU {netns.MTU}), each end shaped by `tc tbf` (burst "
+        f"{netns.BURST}, latency {netns.LATENCY}), a torchrun in each."
+    ),
+    "paced": (
+        "**The link is simulated**: the bytes really go over loopback, then the comm lane sleeps until a wire of that "
+        'speed would be done. Modes named "sleeps only" send nothing and only sleep: the difference is what gloo\'s '
+        "own CPU time takes on cores that are full."
+    ),
+    "none": "Link: what joins the ranks anyway, unpaced.",
+}
+TERMS = (
+    "Medians over rounds in which all modes take turns (A B A B), with (min-max); a round lasts until its last rank is "
+    "done. `nocomm`: nothing is sent. `communication alone`: what a step of `fused` sends, with nothing computed. "
+    "`ideal`: the longer of these two, round by round. Exposed: beyond `nocomm`. Hidden: (off - mode) / (off - ideal)."
+)
+FIGURES = {"latency": (1e3, ".1f", "ms"), "gain over off": (1.0, ".2f", "x"), "exposed": (1e3, ".1f", "ms")}
+FIGURES["hidden share"] = (100.0, ".0f", "%")
+
+
+def write_report(results: Results, about: dict[str, Any], folder: Path) -> str:
+    """Write results.csv, results.json, the plots and report.md to `folder`. Returns what to tell the user."""
+    results = list(results)
+    table = rows(results)
+    write_csv(table, folder / "results.csv")
+    write_json(results, table, about, folder / "results.json")
+    found = findings(results)
+    sections = [section for setting in settings_of(results) for section in describe(setting, results, table, folder)]
+    text = "\n\n".join([*head(results, about), *goals(found), *sections]) + "\n"
+    (folder / "report.md").write_text(text)
+    met = sum(one.met for one in found)
+    return f"written: {folder / 'report.md'}; {met} of {len(found)} goals met"
+
+
+def write_csv(table: Sequence[Row], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(row.cells for row in table)
+
+
+def write_json(results: Results, table: Sequence[Row], about: dict[str, Any], path: Path) -> None:
+    """Everything but the spans: what was measured, round by round, and the figures made of it."""
+    points = [asdict(point) | {k: v for k, v in result.items() if k != "spans"} for point, result in results]
+    figures = [dict(zip(COLUMNS, row.cells)) for row in table]
+    path.write_text(json.dumps({"about": about, "points": points, "figures": figures}, indent=1) + "\n")
+
+
+def settings_of(results: Results) -> list[Setting]:
+    return list(dict.fromkeys(point.setting for point, _ in results))
+
+
+def head(results: Results, about: dict[str, Any]) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    first = results[0][0].setting
+    code = f"commit {about['commit']} (code {about['code']})"
+    machine = (
+        f"{about['cpu']}, {about['cores']} cores, {first.ranks} ranks of {first.threads} threads on {first.device}; "
+        f"fp32; {versions}, Python {about['python']}, {about['kernel']}; {code}. "
+        f"Load average when it started: {about['load']:.1f}."
+    )
+    made = f"Made by `{about['command']}`."
+    return [f"# What overlap is worth, {about['date']}", machine, LINK_WORDS[first.link], TERMS, made, *absent(results)]
+
+
+def absent(results: Results) -> list[str]:
+    """The peers that could not take part, and why."""
+    missing = {name: why for _, result in results for name, why in result.get("missing", {}).items()}
+    return ["Missing peers: " + "; ".join(f"{name} ({why})" for name, why in missing.items()) + "."] if missing else []
+
+
+def goals(found: Sequence[Finding]) -> list[str]:
+    if not found:
+        return []
+    lines = [[one.setting, one.what, one.goal, one.found, "met" if one.met else "**missed**"] for one in found]
+    return ["## Goals", markdown(["setting", "what", "goal", "found (min-max)", ""], lines)]
+
+
+def describe(setting: Setting, results: Results, table: Sequence[Row], folder: Path) -> Iterator[str]:
+    yield f"## {setting.title}"
+    for measure in ("prefill", "decode"):
+        mine = [row for row in table if row.point.setting == setting and row.point.measure == measure]
+        if mine:
+            yield from compared(setting, measure, mine, folder)
+            yield auto_choices([pair for pair in results if pair[0].setting == setting and pair[0].measure == measure])
+    for point, result in results:
+        if point.setting == setting and point.measure == "mix":
+            yield from served(point, result, [row for row in table if row.point == point])
+        if point.setting == setting and point.measure == "timeline":
+            yield from traced(point, result, folder)
+
+
+def compared(setting: Setting, measure: str, mine: Sequence[Row], folder: Path) -> Iterator[str]:
+    picture = f"{setting.stem}-{measure}.png"
+    plots.curves(mine, measure, f"{setting.title}: {measure}", folder / picture)
+    yield f"### {measure.capitalize()}"
+    yield f"![{measure} of {setting.title}]({picture})"
+    xs = list(dict.fromkeys(row.point.x for row in mine))
+    modes = list(dict.fromkeys(row.mode for row in mine))
+    for figure, (scale, spec, unit) in FIGURES.items():
+        cells = {(row.mode, row.point.x): row for row in mine if row.figure == figure}
+        if cells:
+            lines = [[mode, *(cell(cells.get((mode, x)), scale, spec) for x in xs)] for mode in modes]
+            yield markdown([f"{figure}, {unit}", *map(str, xs)], lines)
+
+
+def cell(row: Row | None, scale: float, spec: str) -> str:
+    if row is None:
+        return ""
+    value = row.value
+    return f"{value.median * scale:{spec}} ({value.min * scale:{spec}}-{value.max * scale:{spec}})"
+
+
+def auto_choices(results: Results) -> str:
+    return "`auto` chose " + ", ".join(f"{result['auto_chose']} at {point.x}" for point, result in results) + "."
+
+
+def served(point: Point, result: dict[str, Any], mine: Sequence[Row]) -> Iterator[str]:
+    yield f"### Request mix: {point.x}"
+    yield f"{result['words']}. Times in ms."
+    names = list(dict.fromkeys(row.figure for row in mine))
+    modes = list(dict.fromkeys(row.mode for row in mine))
+    cells = {(row.mode, row.figure): row for row in mine}
+    lines = [
+        [mode, *(cell(cells[mode, name], 1.0 if name.endswith("/s") else 1e3, ".1f") for name in names)]
+        for mode in modes
+    ]
+    yield markdown(["mode", *names], lines)
+
+
+def traced(point: Point, result: dict[str, Any], folder: Path) -> Iterator[str]:
+    """One layer of each traced mode, and where the time of the whole step went."""
+    yield f"### Timeline of one layer, {point.x} tokens"
+    lines = []
+    for mode, listed in result["spans"].items():
+        spans = [Span(*fields) for fields in listed]
+        picture = f"{point.setting.stem}-timeline-{mode}.png"
+        plots.timeline(point, mode, spans, folder / picture)
+        yield f"![One layer, {mode}]({picture})"
+        mean = overlap.summary(spans)
+        times = (mean.compute_s, mean.communication_s, mean.hidden_s, mean.exposed_s, mean.idle_s)
+        lines.append([mode, *(f"{seconds * 1e3:.1f}" for seconds in times)])
+    yield markdown(["whole step, mean rank, ms", "compute", "communication", "hidden", "exposed", "idle"], lines)
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    table = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in table)

@@ -1,0 +1,243 @@
+"""How many measurements tuning needs, warm and cold, on machines that the cost model is wrong about.
+
+The truth of a seed is the cost model with its constants (efficiencies, tiles, link, launches, interference) redrawn
+within +-30 %, and 1 % of noise on every measurement. Counted is how many measurements it takes until the plan that a
+search would answer with is truly within 1 % of the best of all candidates. Warm: `tokenweave tune`'s search, which
+starts from the model as it stands in the repository. Cold: candidates at random, and coordinate search (cut, SMs after
+attention, SMs after the MLP, in turn, all values of each; from a random candidate, or from the middle with 8 SMs).
+
+Usage: python -m perf.tuning [--seeds 50] [--write]; --write puts the table into perf/results/tuning.md. No GPU needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+
+from transformers import LlamaConfig
+
+from tokenweave.cost.belief import Belief, Case, believe
+from tokenweave.cost.cost import Cost
+from tokenweave.cost.hardware import find_hardware
+from tokenweave.cost.redraw import redraw_cost
+from tokenweave.cost.shape import read_shape
+from tokenweave.cost.step import Step
+from tokenweave.cost.tune import MOST, Search, candidates, run_search
+from tokenweave.cost.work import Batch, Chunk
+
+REPORT = Path(__file__).parent / "results" / "tuning.md"
+NOISE = 0.01  # relative, of one measurement
+NEAR = 1.01  # times the best
+GOAL = 15  # times fewer measurements, in the median
+FIRST_TRUTH = 1000  # seeds of the truths: none that the belief is drawn from
+LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+COLD = ("random", "coordinate", "coordinate, from the middle")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One step to tune."""
+
+    name: str
+    sizes: dict[str, int]
+    hardware: str
+    world_size: int
+    rows: int
+    spread: float = 0.3  # of the truth's constants
+
+    def cost(self) -> Cost:
+        config = LlamaConfig(**self.sizes, num_key_value_heads=8, vocab_size=128256)
+        return Cost(read_shape(config, "bfloat16"), find_hardware(self.hardware), self.world_size, graph=True)
+
+    def cases(self, cost: Cost) -> list[Case]:
+        return [(self.rows, choice) for choice in candidates(self.rows, cost.hardware, self.world_size)]
+
+
+PROBLEMS = (
+    Problem("Llama-70B, 8x H100, 4096 rows", LLAMA_70B, "h100-sxm", 8, 4096),
+    Problem("Llama-8B, 4x H100, 4096 rows", LLAMA_8B, "h100-sxm", 4, 4096),
+    Problem("Llama-70B, 8x H100, 1024 rows", LLAMA_70B, "h100-sxm", 8, 1024),
+    Problem("Llama-8B, 8x B200, 8192 rows", LLAMA_8B, "b200", 8, 8192),
+    Problem("Llama-70B, 8x H100, 4096 rows, constants +-50 %", LLAMA_70B, "h100-sxm", 8, 4096, spread=0.5),
+)
+
+
+class Truth:
+    """A machine: the true seconds of every case, and measurements of them, with noise."""
+
+    def __init__(self, cost: Cost, cases: Sequence[Case], spread: float, seed: int):
+        drawn = redraw_cost(cost, Random(FIRST_TRUTH + seed), spread)
+        step = Step(drawn, Batch([Chunk(cases[0][0])]))
+        self.seconds = {case: step.seconds(case[1]) for case in cases}
+        self.best_s = min(self.seconds.values())
+        self._random = Random(seed)
+
+    def measure(self, case: Case) -> float:
+        return self.seconds[case] * math.exp(self._random.gauss(0.0, NOISE))
+
+    def is_near(self, case: Case) -> bool:
+        return self.seconds[case] <= NEAR * self.best_s
+
+
+# -- searches: each yields, after every measurement, the case that it would answer with ----------------------------------
+
+
+def warm(truth: Truth, cases: Sequence[Case], belief: Belief) -> Iterator[Case]:
+    search = Search(belief, cases, NOISE)
+    for _ in run_search(search, truth.measure):
+        yield search.best()
+
+
+def at_random(truth: Truth, cases: Sequence[Case], random: Random) -> Iterator[Case]:
+    """Every case once, in a random order; the fastest measured so far is the answer."""
+    measured: dict[Case, float] = {}
+    for case in random.sample(list(cases), len(cases)):
+        measured[case] = truth.measure(case)
+        yield min(measured, key=lambda case: measured[case])
+
+
+def coordinate(truth: Truth, cases: Sequence[Case], random: Random, start: Case | None = None) -> Iterator[Case]:
+    """All values of one coordinate in turn, the others at the best so far; when a round changes nothing, anew from a
+    random case. "off" and "fused" are measured first."""
+    measured: dict[Case, float] = {}
+
+    def fastest() -> Case:
+        return min(measured, key=lambda case: measured[case])
+
+    for case in [case for case in cases if case[1].mode != "weave"]:
+        measured[case] = truth.measure(case)
+        yield fastest()
+    woven = [case for case in cases if case[1].mode == "weave"]
+    while len(measured) < len(cases):
+        at, before = start or random.choice(woven), None
+        start = None
+        while at != before:
+            before = at
+            for name in ("cut", "attention_sms", "mlp_sms"):
+                line = [case for case in woven if replace_one(at, case, name) == case]
+                for case in line:
+                    if case not in measured:
+                        measured[case] = truth.measure(case)
+                        yield fastest()
+                at = min(line, key=lambda case: measured[case])
+
+
+def replace_one(case: Case, other: Case, name: str) -> Case:
+    """`case` with one coordinate of `other`."""
+    return case[0], replace(case[1], **{name: getattr(other[1], name)})
+
+
+def needed(answers: Iterator[Case], truth: Truth) -> float:
+    """Measurements until the answer is near the best; infinity where it never is."""
+    return next((count for count, case in enumerate(answers, start=1) if truth.is_near(case)), math.inf)
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Measurements needed, by seed; near: how many cases are near the best, share by seed; final: how far off the warm
+    search's answer is once it ends by itself, and how many measurements that took."""
+
+    problem: Problem
+    cases: int
+    needed: dict[str, list[float]]
+    near: list[float]
+    final: list[float]
+    measured: list[int]
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.needed[name])
+
+    def fewer(self, name: str) -> float:
+        """Median over seeds of (cold / warm) of the same truth."""
+        return statistics.median(a / b for a, b in zip(self.needed[name], self.needed["warm"], strict=True))
+
+
+def solve(problem: Problem, seeds: int, report: Callable[[], None] = lambda: None) -> Outcome:
+    cost = problem.cost()
+    cases = problem.cases(cost)
+    belief = believe(cost, cases, seed=0)
+    middle = min(cases, key=lambda case: distance_from_default(case, problem.rows))
+    counts: dict[str, list[float]] = {name: [] for name in ("warm", *COLD)}
+    near, final, measured = [], [], []
+    for seed in range(seeds):
+        truth = Truth(cost, cases, problem.spread, seed)
+        near.append(sum(map(truth.is_near, cases)) / len(cases))
+        answers = list(warm(truth, cases, belief))
+        final.append(truth.seconds[answers[-1]] / truth.best_s - 1)
+        measured.append(len(answers))
+        counts["warm"].append(needed(iter(answers), truth))
+        counts["random"].append(needed(at_random(truth, cases, Random(seed)), truth))
+        counts["coordinate"].append(needed(coordinate(truth, cases, Random(seed)), truth))
+        counts["coordinate, from the middle"].append(needed(coordinate(truth, cases, Random(seed), middle), truth))
+        report()
+    return Outcome(problem, len(cases), counts, near, final, measured)
+
+
+def distance_from_default(case: Case, rows: int) -> tuple[float, float]:
+    choice = case[1]
+    if choice.mode != "weave":
+        return math.inf, math.inf
+    assert choice.cut is not None
+    assert choice.attention_sms is not None
+    assert choice.mlp_sms is not None
+    return abs(choice.cut - rows / 2), abs(choice.attention_sms - 8) + abs(choice.mlp_sms - 8)
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    lines = [
+        "| step | candidates | within 1 % | search | median | 90 % of seeds | never | warm needs fewer by |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for outcome in outcomes:
+        share = f"{statistics.median(outcome.near):.1%}"
+        for name in ("warm", *COLD):
+            counts = sorted(outcome.needed[name])
+            tenth = counts[math.ceil(0.9 * len(counts)) - 1]
+            fewer = "" if name == "warm" else f"{outcome.fewer(name):.0f}x"
+            never = sum(map(math.isinf, counts))
+            head = f"| {outcome.problem.name} | {outcome.cases} | {share} " if name == "warm" else "| | | "
+            lines.append(f"{head}| {name} | {outcome.median(name):g} | {tenth:g} | {never} | {fewer} |")
+    return "\n".join(lines)
+
+
+def endings(outcomes: Sequence[Outcome]) -> str:
+    lines = [
+        "| step | measurements until the search ends by itself | its answer off the best: median | worst seed |",
+        "|---|---|---|---|",
+    ]
+    for outcome in outcomes:
+        count = f"{statistics.median(outcome.measured):g} (at most {MOST})"
+        lines.append(
+            f"| {outcome.problem.name} | {count} | {statistics.median(outcome.final):.2%} | {max(outcome.final):.2%} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=50)
+    parser.add_argument("--write", action="store_true", help=f"write the report to perf/results/{REPORT.name}")
+    options = parser.parse_args()
+    outcomes = [solve(problem, options.seeds) for problem in PROBLEMS]
+    about = (__doc__ or "").split("\n\nUsage")[0]
+    made = f'Made by `python -m perf.tuning --seeds {options.seeds} --write`. "Fewer by" is the median over seeds of'
+    text = (
+        f"# Tuning: measurements needed\n\n{about}\n\n{made} cold / warm on the same truth; the goal is {GOAL}x.\n\n"
+        f"{table(outcomes)}\n\n{endings(outcomes)}\n"
+    )
+    print(text)
+    if options.write:
+        REPORT.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

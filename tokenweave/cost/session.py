@@ -1,0 +1,161 @@
+"""Session: tuning a model on this machine, row count by row count, within a budget."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from tokenweave.cost.belief import believe
+from tokenweave.cost.choice import Choice
+from tokenweave.cost.chunk import best_chunk
+from tokenweave.cost.cost import Cost
+from tokenweave.cost.tune import Case, Measure, Search, candidates, run_search
+from tokenweave.cost.tuned import GRAIN, Measurement, Tuned, TunedLimits, TunedStep, scaled
+
+FIRST_REPEATS = 3  # of the baseline: they show the noise
+LEAST_NOISE, MOST_NOISE = 0.01, 0.3  # relative
+CONFIRMING = 3  # rounds, a plan in turn with the one that it is to replace
+THRESHOLD_STEPS = 16  # where GEMMs have no tiles, a threshold is found to this share of the row count above it
+
+
+class OutOfTimeError(Exception):
+    """The budget is spent."""
+
+
+@dataclass
+class Session:
+    """Finds the best plans for steps of `rows`. Deterministic but for `measure` and `clock`.
+
+    measure: (rows, choice) -> seconds of one step. clock: -> seconds. budget_s: no measurement starts later, but for
+    those that confirm a plan. seed: of the model's redrawn constants. stored: plans of the same key, or of the one most
+    like it. report: called with what was just done, in words.
+    """
+
+    cost: Cost
+    rows: Sequence[int]
+    measure: Measure
+    clock: Callable[[], float]
+    budget_s: float
+    seed: int = 0
+    stored: Tuned | None = None
+    same_key: bool = False  # whether `stored` is of the same model, W and machine
+    report: Callable[[str], None] = lambda words: None
+    measured: list[Measurement] = field(default_factory=list)
+    steps: list[TunedStep] = field(default_factory=list)
+
+    def run(self) -> tuple[list[TunedStep], TunedLimits | None]:
+        """(steps by row count, limits), as far as the budget reached; without any step there are no limits."""
+        end_s = self.clock() + self.budget_s
+        cases = [(rows, choice) for rows in self.rows for choice in self._choices(rows)]
+        self.belief = believe(self.cost, list(dict.fromkeys([*cases, *self._known_cases()])), self.seed)
+        for i, rows in enumerate(sorted(self.rows)):
+            now_s = self.clock()
+            self._deadline_s = now_s + (end_s - now_s) / (len(self.rows) - i + 1)  # one share is the threshold's
+            self._tune(rows)
+        self._deadline_s = end_s
+        return self.steps, self._limits() if self.steps else None
+
+    # -- one row count -------------------------------------------------------------------------------------------------
+
+    def _tune(self, rows: int) -> None:
+        """Search until nothing more is expected of it or its share of the budget is spent; then confirm."""
+        search = self._search(rows)
+        try:
+            search.measured += [(case, self._take(*case)) for case in [(rows, Choice("off"))] * FIRST_REPEATS]
+            search.noise = noise_of([seconds for _, seconds in search.measured])
+            for _ in run_search(search, lambda case: self._take(*case)):
+                self.report(f"{rows} rows: {describe(search.best()[1])} of {len(search.measured)} measured")
+        except OutOfTimeError:
+            if len(search.measured) < FIRST_REPEATS:
+                return
+        self._deadline_s = math.inf  # a few steps more, so that nothing is stored unconfirmed
+        self.steps.append(self._confirmed(rows, search.best()[1]))
+
+    def _search(self, rows: int) -> Search:
+        """Everything measured before, of other row counts as well, is known to it."""
+        stored = [m for step in self.stored.steps for m in step.measured] if self.stored and self.same_key else []
+        known = [((m.rows, m.choice), m.seconds) for m in [*stored, *self.measured]]
+        cases = [(rows, choice) for choice in self._choices(rows)]
+        return Search(self.belief, cases, MOST_NOISE, self._first(rows), known)
+
+    def _first(self, rows: int) -> list[Case]:
+        """Measured in any case: "fused", and what served the nearest stored step."""
+        near = self.stored.nearest(rows) if self.stored else None
+        wanted = [Choice("fused"), *([scaled(near.choice, near.rows, rows)] if near else [])]
+        possible = self._choices(rows)
+        return [(rows, choice) for choice in dict.fromkeys(wanted) if choice in possible]
+
+    def _choices(self, rows: int) -> list[Choice]:
+        near = self.stored.nearest(rows) if self.stored else None
+        listed = candidates(rows, self.cost.hardware, self.cost.world_size)
+        extra = [scaled(near.choice, near.rows, rows)] if near and rows > 1 else []
+        sms = self.cost.hardware.communication_sms
+        usable = [
+            choice for choice in extra if choice.mode == "weave" and {choice.attention_sms, choice.mlp_sms} <= {*sms}
+        ]
+        return list(dict.fromkeys([*listed, *usable]))
+
+    def _known_cases(self) -> list[Case]:
+        stored = self.stored.steps if self.stored and self.same_key else ()
+        return [(m.rows, m.choice) for step in stored for m in step.measured]
+
+    def _confirmed(self, rows: int, best: Choice) -> TunedStep:
+        """`best`, where it wins in turn with what it is to replace: with "off", and if it is woven with "fused" too."""
+        unsplit = self._faster(rows, Choice("off"), Choice("fused")) if self.cost.world_size > 1 else Choice("off")
+        choice = self._faster(rows, unsplit, best) if best.mode == "weave" else unsplit
+        mine = tuple(m for m in self.measured if m.rows == rows)
+        return TunedStep(rows, choice, self._median_s(rows, choice), unsplit.mode, self._median_s(rows, unsplit), mine)
+
+    # -- limits --------------------------------------------------------------------------------------------------------
+
+    def _limits(self) -> TunedLimits:
+        return TunedLimits(self._threshold(), best_chunk(self.cost, self.steps))
+
+    def _threshold(self) -> int | None:
+        """The row count from which on weaving wins: between the last step that is better unsplit and the next one."""
+        split = [step.choice.mode == "weave" for step in self.steps]
+        if not split[-1]:
+            return None
+        first = max((i + 1 for i, is_split in enumerate(split) if not is_split), default=0)
+        low, step = (self.steps[first - 1].rows if first else 0), self.steps[first]
+        high, grain = step.rows, GRAIN if self.cost.hardware.tiles else max(1, step.rows // THRESHOLD_STEPS)
+        try:
+            while first and high - low > grain:
+                middle = low + -(-(high - low) // 2 // grain) * grain
+                woven = scaled(step.choice, step.rows, middle)
+                wins = self._faster(middle, Choice(step.unsplit), woven) == woven
+                low, high = (low, middle) if wins else (middle, high)
+                self.report(f"splitting pays from between {low} and {high} rows on")
+        except OutOfTimeError:
+            pass  # `high` is known to win
+        return high
+
+    # -- measuring -----------------------------------------------------------------------------------------------------
+
+    def _faster(self, rows: int, one: Choice, other: Choice) -> Choice:
+        """`other`, if it is faster in the median of rounds, each of both in turn."""
+        rounds = [(self._take(rows, one), self._take(rows, other)) for _ in range(CONFIRMING)]
+        return other if statistics.median(theirs / ours for ours, theirs in rounds) < 1.0 else one
+
+    def _take(self, rows: int, choice: Choice) -> float:
+        if self.clock() > self._deadline_s:
+            raise OutOfTimeError
+        seconds = self.measure((rows, choice))
+        self.measured.append(Measurement(rows, choice, seconds))
+        return seconds
+
+    def _median_s(self, rows: int, choice: Choice) -> float:
+        return statistics.median(m.seconds for m in self.measured if (m.rows, m.choice) == (rows, choice))
+
+
+def noise_of(seconds: Sequence[float]) -> float:
+    """The relative noise of one measurement, by repeats of one step."""
+    return min(MOST_NOISE, max(LEAST_NOISE, statistics.stdev(map(math.log, seconds))))
+
+
+def describe(choice: Choice) -> str:
+    if choice.mode != "weave":
+        return choice.mode
+    return f"weave at {choice.cut}, {choice.attention_sms}/{choice.mlp_sms} SMs"

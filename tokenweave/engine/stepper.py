@@ -1,0 +1,93 @@
+"""Stepper: real steps of a model under plans that the caller chooses, timed."""
+
+from __future__ import annotations
+
+import time
+
+from tokenweave.comm.group import leave_default_group
+from tokenweave.config import EngineConfig
+from tokenweave.cost.choice import Choice
+from tokenweave.engine.engine import Step, follow, run_step
+from tokenweave.engine.messages import Done, finish_call
+from tokenweave.engine.rank import open_rank
+from tokenweave.engine.sampling_row import SamplingRow
+from tokenweave.engine.workers import start_workers
+from tokenweave.weave.plan import Plan
+
+
+class Stepper:
+    """A model on its ranks. Rank 0 asks for `seconds`, every other rank calls `follow`; then all `close`.
+
+    Opened like an LLM: under torchrun by every rank, in a plain process with the workers that it starts.
+    """
+
+    def __init__(self, config: EngineConfig):
+        self._workers = start_workers(config)
+        self._warm: set[tuple[int, str]] = set()
+        try:
+            self.rank = open_rank(config, self._workers.meeting if self._workers else None)
+            if self._workers is not None:
+                self._workers.wake()
+        except BaseException:
+            self._stop(force=True)
+            raise
+
+    @property
+    def leads(self) -> bool:
+        return self.rank.ranks.rank == 0
+
+    @property
+    def most_rows(self) -> int:
+        """The largest step that the cache, the step budget and the model's length have room for."""
+        runner = self.rank.runner
+        capacity = len(runner.storage) * runner.config.block_size
+        return min(capacity, runner.config.max_num_batched_tokens, runner.max_model_len)
+
+    def seconds(self, case: tuple[int, Choice]) -> float:
+        """Of one step of a prompt of so many rows: forward and sampling, on rank 0's clock. The first of a kind warms
+        up what is allocated or compiled then, and runs twice. Uses the cache's first blocks."""
+        rows, choice = case
+        if (rows, choice.mode) not in self._warm:
+            self._warm.add((rows, choice.mode))
+            self._run(rows, choice)
+        return self._run(rows, choice)
+
+    def _run(self, rows: int, choice: Choice) -> float:
+        ranks, runner = self.rank.ranks, self.rank.runner
+        step = Step(runner.blank_batch(rows), plan_of(choice, rows), (SamplingRow(),))
+        ranks.send(step)
+        start_s = time.perf_counter()
+        run_step(runner, step)
+        runner.synchronize()
+        return time.perf_counter() - start_s
+
+    def follow(self) -> None:
+        """Run what rank 0 runs, until it is done."""
+        for message in follow(self.rank.runner, self.rank.ranks):
+            if finish_call(message, self.rank.runner, self.rank.ranks):
+                return
+
+    def close(self, failed: bool = False) -> None:
+        """failed: the ranks may be in mid-step."""
+        if self.leads and not failed:
+            self.rank.ranks.send(Done([]))
+        if failed:
+            self._stop(force=True)
+        self.rank.close()
+        self._stop()
+
+    def _stop(self, force: bool = False) -> None:
+        if self._workers is not None:
+            self._workers.stop(force=force)
+            leave_default_group()
+
+
+def plan_of(choice: Choice, rows: int) -> Plan:
+    """The plan that runs a choice. Raises ValueError for "nocomm", which computes nothing of use."""
+    if choice.mode == "nocomm":
+        raise ValueError("mode 'nocomm' leaves the sums out; it can be predicted, not run")
+    if choice.mode != "weave":
+        return Plan(rows, None, "reference" if choice.mode == "off" else "sharded", "tuning")
+    assert choice.attention_sms is not None
+    assert choice.mlp_sms is not None
+    return Plan(rows, choice.cut, "sharded", "tuning", choice.attention_sms, choice.mlp_sms)
