@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from tokenweave.comm.fused import FusedBuffers, Wiring
+from tokenweave.comm.fused import Wiring, lasting_arguments
 from tokenweave.comm.symmetric import HALVES, Layout, SymmetricMemory
 from tokenweave.kernels.fused import Launch, Report, Variant
 from tokenweave.kernels.launcher import Launcher
@@ -64,7 +64,7 @@ class VirtualRanks:
         bounds: rank r owns rows bounds[r] up to bounds[r + 1]. first_row, first_kept: where these rows begin in the
         partials and hidden states, and in the residuals.
         """
-        launch = FusedBuffers._launch(half, self.wirings[0])
+        launch = lasting_arguments(half, self.wirings[0])
         row_bytes = self.layout.hidden_size * self.layout.dtype.itemsize
         for rank in range(self.world_size):
             launch.partial[rank] += first_row * row_bytes

@@ -33,18 +33,13 @@ enum Flag : unsigned {
   KEEP = 32,       // write the residual
 };
 
-DEVICE constexpr int divisor_at_least(int number, int least) {
-  int divisor = 1;
-  while (divisor < number && (number % divisor || divisor < least)) ++divisor;
-  return divisor;
-}
-
 // Everything that is fixed at compile time.
-template <class Element_, int HIDDEN_, int WORLD_, Sum SUM_, unsigned FLAGS_, int THREADS_PER_ROW_, int ROWS_PER_BLOCK_>
+template <class Element_, int HIDDEN_, int WORLD_, Sum SUM_, unsigned FLAGS_, int THREADS_PER_ROW_, int ROWS_PER_BLOCK_,
+          int AHEAD_>
 struct Shape {
   using Element = Element_;
   static constexpr int HIDDEN = HIDDEN_, WORLD = WORLD_, FLAGS = FLAGS_;
-  static constexpr int THREADS_PER_ROW = THREADS_PER_ROW_, ROWS_PER_BLOCK = ROWS_PER_BLOCK_;
+  static constexpr int THREADS_PER_ROW = THREADS_PER_ROW_, ROWS_PER_BLOCK = ROWS_PER_BLOCK_, AHEAD = AHEAD_;
   static constexpr Sum SUM = SUM_;
   static_assert(HIDDEN % 8 == 0 && HIDDEN >= 64 && HIDDEN <= 16384, "hidden must be a multiple of 8 from 64 to 16384");
   static_assert(WORLD >= 1 && WORLD <= MAX_RANKS, "1 to 8 ranks");
@@ -58,10 +53,8 @@ struct Shape {
 
   static DEVICE constexpr bool has(Flag flag) { return FLAGS & flag; }
 
-  // The switch delivers one vector, peers one each. A block has 4096 loads of 16 bytes in flight, where rows are so long.
-  static constexpr int SOURCES = SUM == Sum::MULTIMEM ? 1 : WORLD;
-  static constexpr int LOADS = (4096 + THREADS - 1) / THREADS;
-  static constexpr int AHEAD = SUM == Sum::MULTIMEM ? VECTORS : divisor_at_least(VECTORS, (LOADS + WORLD - 1) / WORLD);
+  static constexpr int SOURCES = SUM == Sum::MULTIMEM ? 1 : WORLD;  // the switch delivers one vector, peers one each
+  static_assert(VECTORS % AHEAD == 0, "a vector's slot is known at compile time");
 
   // Shared memory, in vectors for each thread: what arrives from peers, the residual. Then two sets of warps' sums.
   static constexpr int PEER_SLOTS = SUM == Sum::MULTIMEM ? 0 : AHEAD * WORLD;
@@ -183,7 +176,7 @@ class Group {
     wanted = wanted && mine(i);
     u64 place = static_cast<u64>(of_row) * S::ROW_BYTES + offset_of(i);
     if constexpr (S::SUM == Sum::MULTIMEM) {
-      Element::ld_reduce(flight[i], launch.partial_multicast + place, wanted);
+      Element::ld_reduce(flight[i % S::AHEAD], launch.partial_multicast + place, wanted);
     } else if (wanted) {
 #pragma unroll
       for (int source = 0; source < S::SOURCES; ++source)
@@ -194,7 +187,7 @@ class Group {
   }
 
   DEVICE Values sum_of_sources(int i) {
-    if constexpr (S::SUM == Sum::MULTIMEM) return Element::widen(flight[i]);
+    if constexpr (S::SUM == Sum::MULTIMEM) return Element::widen(flight[i % S::AHEAD]);
     Values total{};
 #pragma unroll
     for (int source = 0; source < S::SOURCES; ++source)
@@ -298,7 +291,7 @@ class Group {
   int rank, group, thread;
   int first, end, stride, row;
   int set = 0;
-  Vec flight[S::SUM == Sum::MULTIMEM ? S::VECTORS : 1] = {};  // indexed by constants alone, as held is: registers
+  Vec flight[S::SUM == Sum::MULTIMEM ? S::AHEAD : 1] = {};  // indexed by constants alone, as held is: registers
   Vec held[S::VECTORS];
 };
 

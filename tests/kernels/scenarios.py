@@ -63,7 +63,7 @@ RUNS = {
     "one_shot": Run(lambda: scenario(Variant(F32, 136, 4, "one_shot", **NORM), Geometry(32, 2), 11, BLOCKS)),
     "multimem": Run(lambda: scenario(Variant(BF16, 520, 4, "multimem", **NORM), Geometry(32, 2), 37, BLOCKS)),
     # eight vectors for each thread, of which not all are in flight, and two warps for a row
-    "post_norm": Run(lambda: scenario(Variant(F32, 2040, 4, "two_shot", **GEMMA), Geometry(64, 1), 27, BLOCKS)),
+    "post_norm": Run(lambda: scenario(Variant(F32, 2040, 4, "two_shot", **GEMMA), Geometry(64, 1, 2), 27, BLOCKS)),
     "listed": Run(
         lambda: scenario(Variant(BF16, 136, 4, "two_shot", listed=True, **NORM), Geometry(64, 1), 19, BLOCKS)
     ),

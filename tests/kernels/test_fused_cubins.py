@@ -284,7 +284,7 @@ def test_what_needs_most_registers_does_not_spill(arch, hidden_size):
 FENCE = "if (S::SUM == Sum::MULTIMEM) ptx::fence_alias();\n  "
 STORE_PTX = """asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};\""""
 HALVES_PTX = """asm volatile("st.global.v2.u32 [%0], {%1, %2}; st.global.v2.u32 [%0+8], {%3, %4};\""""
-SWITCH = "Element::ld_reduce(flight[i], launch.partial_multicast + place, wanted);"
+SWITCH = "Element::ld_reduce(flight[i % S::AHEAD], launch.partial_multicast + place, wanted);"
 FAULTS: tuple[tuple[str, str, str, str, Callable[[Compiled], list[str]]], ...] = (
     ("no fence at the entry", "kernel.cuh", FENCE + "group.run();", "group.run();", wrong_fences),
     ("no fence at the exit", "kernel.cuh", FENCE + "meeting.leave();", "meeting.leave();", wrong_fences),
@@ -295,7 +295,7 @@ FAULTS: tuple[tuple[str, str, str, str, Callable[[Compiled], list[str]]], ...] =
         "float squares = take_row(); ptx::fence_alias();",
         wrong_barriers,
     ),
-    ("fewer loads ahead", "kernel.cuh", "Sum::MULTIMEM ? VECTORS :", "Sum::MULTIMEM ? VECTORS / 2 :", wrong_flight),
+    ("fewer loads ahead", "kernel.cuh", "AHEAD = AHEAD_;", "AHEAD = AHEAD_ / 2;", wrong_flight),
     ("a branch around the load", "kernel.cuh", SWITCH, f"if (wanted) {SWITCH}", wrong_waits),
     ("all threads wait", "kernel.cuh", "sync_some(1 + group, S::THREADS_PER_ROW)", "sync_block()", wrong_barriers),
     ("stores of 8 bytes", "ptx.cuh", STORE_PTX, HALVES_PTX, wrong_accesses),
@@ -338,7 +338,7 @@ def test_a_spill_and_too_much_shared_memory_are_noticed():
 
 
 def test_python_and_the_headers_cannot_disagree_on_the_loads_ahead(tmp_path):
-    less = planted(tmp_path, "kernel.cuh", "(15 + WORLD) / WORLD", "(7 + WORLD) / WORLD")
+    less = planted(tmp_path, "kernel.cuh", "AHEAD = AHEAD_;", "AHEAD = 1;")
     with pytest.raises(jit.CompileError, match=r"as kernels/fused\.py has it"):
         build(Variant(torch.bfloat16, 8192, 2, "two_shot", norm=True), "sm_90a", less)
 

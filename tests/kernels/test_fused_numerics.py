@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from tests.kernels.scenarios import GEMMA, NORM, Run, problem, scenario
 from tests.kernels.twin import Scenario, compile_twin, in_background, run_twin, twin_folder, wrong
 from tests.pairwise import pairwise
-from tokenweave.kernels.fused import Geometry, Variant, geometry
+from tokenweave.kernels.fused import Geometry, Variant, divisors, geometry
 
 FLAGS: dict[str, dict[str, bool]] = {
     "sum": {"keep": False},
@@ -31,6 +32,7 @@ AXES = {
     "dtype": (torch.float16, torch.bfloat16, torch.float32),
     "world_size": (4, 2, 3, 8, 1),
     "layout": ((32, 2), (64, 1), (96, 1)),
+    "ahead": ("some", "one", "all"),  # of a thread's vectors, in flight
     "rows": ("many", "ragged", "few", "one"),
     "flags": tuple(FLAGS),
 }
@@ -38,7 +40,7 @@ CASES = pairwise(AXES, lambda case: True)
 BLOCKS = [[2], [1], [3]]  # of repeated launches on one signal pad
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
-# As the real kernel is laid out: 256 threads, 20 vectors for each at most.
+# As the real kernel is laid out.
 REAL = {
     "two_shot-5-ranks": (Variant(BF16, 4096, 5, "two_shot", **NORM), 23),
     "one_shot-6-ranks": (Variant(BF16, 5120, 6, "one_shot", **NORM), 5),
@@ -52,7 +54,10 @@ def scenario_of(case: dict[str, Any]) -> Scenario:
     ranks = case["world_size"]
     rows = {"one": 1, "few": max(1, ranks - 1), "ragged": 2 * ranks + 1, "many": 7 * ranks + 3}[case["rows"]]
     variant = Variant(case["dtype"], case["hidden_size"], ranks, case["sum"], **FLAGS[case["flags"]])
-    return scenario(variant, Geometry(*case["layout"]), rows, BLOCKS)
+    layout = Geometry(*case["layout"])
+    ahead = divisors(layout.vectors(variant))
+    some = {"one": ahead[0], "some": ahead[len(ahead) // 2], "all": ahead[-1]}[case["ahead"]]
+    return scenario(variant, replace(layout, ahead=some), rows, BLOCKS)
 
 
 @pytest.fixture(scope="module")

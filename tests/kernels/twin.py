@@ -83,7 +83,11 @@ def compile_twin(
 ) -> Path:
     """The program (or shared library) that runs `variant`; compiled once for each folder. flags: g++'s."""
     source = source or headers()
-    words = [f"-DTOKENWEAVE_SHAPE={shape(variant, layout)}", *flags, *(["-shared", "-fPIC"] if shared else [])]
+    words = [
+        f"-DTOKENWEAVE_SHAPE={shape(variant, layout)}",
+        *flags,
+        *(["-shared", "-fPIC", "-fno-gnu-unique"] if shared else []),
+    ]
     key = hashlib.sha256(" ".join([*words, str(source)]).encode()).hexdigest()[:16]
     program = folder / f"twin-{key}"
     if not program.exists():

@@ -62,26 +62,26 @@ class FusedBuffers(Buffers):
         size = (2, most, layout.hidden_size)
         self.residual = torch.empty(size, dtype=layout.dtype, device=device)
         self.listed = torch.empty(layout.max_rows, dtype=torch.int32, device=device)
-        self.launch = self._launch(half, wiring)
+        self.launch = lasting_arguments(half, wiring)
 
-    @staticmethod
-    def _launch(half: int, wiring: Wiring) -> Launch:
-        """The arguments that never change."""
-        layout, launch = wiring.layout, Launch()
-        for rank, address in enumerate(wiring.memory.addresses):
-            launch.place.pad[rank] = address + layout.pad(half)
-            launch.place.abort[rank] = address + layout.abort
-            launch.partial[rank] = address + layout.partial(half)
-            launch.hidden[rank] = address + layout.hidden(half)
-        if wiring.memory.multicast:
-            launch.partial_multicast = wiring.memory.multicast + layout.partial(half)
-            launch.hidden_multicast = wiring.memory.multicast + layout.hidden(half)
-        launch.place.report = wiring.report.data_ptr()
-        launch.place.timeout_ns = int(wiring.timeout_s * 1e9)
-        launch.place.rank = wiring.rank
-        launch.place.channel = half
-        launch.row_vectors = layout.hidden_size * layout.dtype.itemsize // 16
-        return launch
+
+def lasting_arguments(half: int, wiring: Wiring) -> Launch:
+    """The arguments of a half's launches that never change."""
+    layout, launch = wiring.layout, Launch()
+    for rank, address in enumerate(wiring.memory.addresses):
+        launch.place.pad[rank] = address + layout.pad(half)
+        launch.place.abort[rank] = address + layout.abort
+        launch.partial[rank] = address + layout.partial(half)
+        launch.hidden[rank] = address + layout.hidden(half)
+    if wiring.memory.multicast:
+        launch.partial_multicast = wiring.memory.multicast + layout.partial(half)
+        launch.hidden_multicast = wiring.memory.multicast + layout.hidden(half)
+    launch.place.report = wiring.report.data_ptr()
+    launch.place.timeout_ns = int(wiring.timeout_s * 1e9)
+    launch.place.rank = wiring.rank
+    launch.place.channel = half
+    launch.row_vectors = layout.hidden_size * layout.dtype.itemsize // 16
+    return launch
 
 
 class FusedChannel(Channel):
@@ -215,14 +215,18 @@ class FusedCommunicator(Communicator):
 
     def reset(self, meet: Callable[[], Any]) -> None:
         """Collective: start again after a report. meet: comes back once every rank has called it."""
+        self._wait_for_launches()
         meet()  # nobody's launches are in flight any more
         for part in self.wiring.layout.signals(self.wiring.memory.local):
             part.zero_()
         self.wiring.report.zero_()
-        if self.wiring.memory.local.is_cuda:
-            torch.cuda.synchronize(self.wiring.memory.local.device)
+        self._wait_for_launches()
         self.poison = None
         meet()  # everybody's signals are zero
+
+    def _wait_for_launches(self) -> None:
+        if self.wiring.memory.local.is_cuda:
+            torch.cuda.synchronize(self.wiring.memory.local.device)
 
 
 def explain(report: Report, timeout_s: float) -> str:

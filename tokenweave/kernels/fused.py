@@ -56,6 +56,11 @@ class Variant:
         return self.hidden_size * self.dtype.itemsize // 16
 
     @property
+    def sources(self) -> int:
+        """Loads for each vector: one of the switch, or one of each peer."""
+        return 1 if self.sum == "multimem" else self.world_size
+
+    @property
     def flags(self) -> int:
         return sum(getattr(self, flag) << bit for bit, flag in enumerate(FLAGS))
 
@@ -76,10 +81,14 @@ def why_not(dtype: torch.dtype, hidden_size: int, world_size: int) -> str | None
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a block is shared out: groups of `threads_per_row` threads, one row each at a time."""
+    """How a block is shared out: groups of `threads_per_row` threads, one row each at a time.
+
+    ahead: how many of its vectors a thread has in flight; 0: as many as bring a block to BYTES_IN_FLIGHT.
+    """
 
     threads_per_row: int
     rows_per_block: int
+    ahead: int = 0
 
     @property
     def threads(self) -> int:
@@ -90,19 +99,17 @@ class Geometry:
         return -(-variant.row_vectors // self.threads_per_row)
 
     def vectors_ahead(self, variant: Variant) -> int:
-        """How many of its vectors a thread has in flight, each with one load for each source."""
-        vectors = self.vectors(variant)
-        if variant.sum == "multimem":
-            return vectors
-        loads = -(-BYTES_IN_FLIGHT // 16 // self.threads)
-        least = -(-loads // variant.world_size)
+        """How many of its vectors a thread has in flight, each with one load for each source; divides `vectors`."""
+        if self.ahead:
+            return self.ahead
+        vectors, loads = self.vectors(variant), -(-BYTES_IN_FLIGHT // 16 // self.threads)
+        least = -(-loads // variant.sources)
         return next((n for n in range(1, vectors) if vectors % n == 0 and n >= least), vectors)
 
     def bytes_in_flight(self, variant: Variant) -> int:
         """Reduction loads that a block has in flight."""
-        sources = 1 if variant.sum == "multimem" else variant.world_size
         share = variant.row_vectors / (self.vectors(variant) * self.threads_per_row)
-        return int(16 * self.threads * self.vectors_ahead(variant) * sources * share)
+        return int(16 * self.threads * self.vectors_ahead(variant) * variant.sources * share)
 
     def shared_bytes(self, variant: Variant) -> int:
         ahead = self.vectors_ahead(variant)
@@ -111,16 +118,17 @@ class Geometry:
         return 16 * self.threads * (peers + residual) + 2 * 4 * self.rows_per_block * (self.threads_per_row // 32)
 
     def registers(self, variant: Variant) -> int:
-        """Registers that a thread needs without spills: its part of a row, what the switch delivers, peers' addresses,
-        and what ptxas has been seen to take for the rest (tests/kernels/test_fused_cubins.py holds it to that)."""
-        part = 4 * self.vectors(variant)
-        wide = variant.dtype == torch.float32
+        """Registers that ptxas needs for a thread so as not to spill: a line above all that was seen of NVRTC 13.0 for
+        sm_80, sm_90a and sm_100a. tests/kernels/test_fused_cubins.py says when it no longer is."""
+        vectors, wide = self.vectors(variant), variant.dtype == torch.float32
         if variant.sum == "multimem":
-            return 2 * part + (96 if wide else 76)
-        return part + 4 * variant.world_size + (96 if wide else 84)
+            in_flight = self.vectors_ahead(variant)
+            return 7 * (vectors + in_flight) + 56 + 32 * variant.bias if wide else 5 * vectors + 4 * in_flight + 56
+        return 7 * vectors + 6 * variant.world_size + (84 + 16 * variant.bias if wide else 48)
 
     def fits(self, variant: Variant, shared_bytes: int) -> bool:
-        available = min(255, REGISTERS // self.threads // 8 * 8)  # handed out by eights
+        quarters = -(-self.threads // 128)  # an SM's registers are dealt to four warps at a time, by eights
+        available = min(255, REGISTERS // (128 * quarters) // 8 * 8)
         return self.registers(variant) <= available and self.shared_bytes(variant) <= shared_bytes
 
 
@@ -132,16 +140,21 @@ def geometry(variant: Variant, shared_bytes: int = 227 << 10) -> Geometry:
     Raises ValueError if none fits.
     """
     widths = range(32, BLOCK_THREADS + 1, 32)
-    candidates = [Geometry(width, rows) for width in widths for rows in range(1, BLOCK_THREADS // width + 1)]
+    blocks = [Geometry(width, rows) for width in widths for rows in range(1, BLOCK_THREADS // width + 1)]
+    candidates = [replace(each, ahead=n) for each in blocks for n in divisors(each.vectors(variant))]
     fitting = [each for each in candidates if each.fits(variant, shared_bytes)]
     if not fitting:
         raise ValueError(f"{variant} does not fit into {shared_bytes} bytes of shared memory; use comm='sharded'")
 
     def merit(each: Geometry) -> tuple[int, ...]:
         in_flight = min(each.bytes_in_flight(variant), BYTES_IN_FLIGHT)
-        return in_flight, min(each.rows_per_block, GROUPS), each.threads, -each.vectors(variant)
+        return in_flight, min(each.rows_per_block, GROUPS), each.threads, -each.vectors(variant), -each.ahead
 
     return max(fitting, key=merit)
+
+
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def shared_bytes_of(capability: tuple[int, int]) -> int:
@@ -153,7 +166,7 @@ def shape(variant: Variant, layout: Geometry) -> str:
     """The arguments of kernel.cuh's template Shape."""
     return (
         f"{ELEMENTS[variant.dtype]}, {variant.hidden_size}, {variant.world_size}, Sum::{SUMS[variant.sum]}, "
-        f"{variant.flags}, {layout.threads_per_row}, {layout.rows_per_block}"
+        f"{variant.flags}, {layout.threads_per_row}, {layout.rows_per_block}, {layout.vectors_ahead(variant)}"
     )
 
 

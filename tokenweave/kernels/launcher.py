@@ -40,7 +40,9 @@ class Launcher:
         function.launch(blocks, threads, layout.shared_bytes(variant), stream, launch, cooperative=virtual_ranks > 1)
 
     def load(self, variant: Variant) -> Function:
-        """Compile, or find in the cache, and load. Collective."""
+        """Compile, or find in the cache, and load. Collective. Raises RuntimeError while a CUDA graph is captured."""
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"a CUDA graph cannot capture the first use of {variant}; run it once before")
         layout = self.geometry(variant)
         binary = cubin(source(variant, layout), self.arch, headers())
         self._functions[variant] = function = Function(binary, NAME, layout.shared_bytes(variant))
