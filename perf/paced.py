@@ -18,12 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from perf.overlap.silent import SilentTransport
 from perf.shapes import SHAPES, model_folder, prompt
 from perf.timing import interleaved
 from tokenweave.comm.link import Link, PacedTransport
-from tokenweave.comm.transport import ring_all_reduce_bytes
 from tokenweave.config import EngineConfig
 from tokenweave.cost.measure import measure_step_times
 from tokenweave.engine.batch import Batch, Span
@@ -36,30 +34,6 @@ WIRES = {
     "sleeps": "simulated link: sleeps only",
     "loopback": "loopback as it is",
 }
-
-
-class SilentTransport:
-    """Says what it would send, and sends nothing."""
-
-    def __init__(self, rank: int, world_size: int):
-        self.rank = rank
-        self.world_size = world_size
-
-    def all_reduce(self, total: Tensor) -> int:
-        return ring_all_reduce_bytes(total, self.world_size)
-
-    def reduce_scatter(self, partial: Tensor, owners: list[range], out: Tensor) -> int:
-        mine = owners[self.rank]
-        out.copy_(partial[mine.start : mine.stop])
-        return partial.nbytes * (self.world_size - 1) // self.world_size
-
-    def all_gather_rows(self, rows: Tensor, owners: list[range]) -> int:
-        return rows.nbytes * (self.world_size - 1) // self.world_size
-
-    def all_gather_columns(self, part: Tensor, outs: list[Tensor]) -> int:
-        for out in outs:
-            out.zero_()
-        return part.nbytes * (self.world_size - 1)
 
 
 def measure(rank: Rank, tokens: int, rounds: int) -> dict[str, Any]:

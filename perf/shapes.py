@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+USER = "TOKENWEAVE_PERF_USER"  # the user's id, where a user namespace shows another
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-128x2": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4},
     "llama-512x8": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8},
@@ -19,7 +20,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def model_folder(shape: str) -> Path:
     """The folder of a random Llama in that shape (fp32, grouped-query attention, 8192 tokens), made at first use."""
-    folder = Path(tempfile.gettempdir()) / f"tokenweave-perf-{os.getuid()}" / shape
+    user = os.environ.get(USER, os.getuid())
+    folder = Path(tempfile.gettempdir()) / f"tokenweave-perf-{user}" / shape
     if not (folder / "config.json").is_file():
         config = LlamaConfig(
             vocab_size=8192,

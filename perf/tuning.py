@@ -3,8 +3,9 @@
 The truth of a seed is the cost model with its constants (efficiencies, tiles, link, launches, interference) redrawn
 within +-30 %, and 1 % of noise on every measurement. Counted is how many measurements it takes until the plan that a
 search would answer with is truly within 1 % of the best of all candidates. Warm: `tokenweave tune`'s search, which
-starts from the model as it stands in the repository. Cold: candidates at random, and coordinate search (cut, SMs after
-attention, SMs after the MLP, in turn, all values of each; from a random candidate, or from the middle with 8 SMs).
+starts from the model as it stands in the repository; and the same after half as many rows were tuned, in 16
+measurements. Cold: candidates at random, and coordinate search (cut, SMs after attention, SMs after the MLP, in turn,
+all values of each; from a random candidate, or from the middle with 8 SMs).
 
 Usage: python -m perf.tuning [--seeds 50] [--write]; --write puts the table into perf/results/tuning.md. No GPU needed.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -32,11 +33,13 @@ from tokenweave.cost.work import Batch, Chunk
 
 REPORT = Path(__file__).parent / "results" / "tuning.md"
 NOISE = 0.01  # relative, of one measurement
-NEAR = 1.01  # times the best
+NEAR = 0.01  # of the best's time
 GOAL = 15  # times fewer measurements, in the median
 FIRST_TRUTH = 1000  # seeds of the truths: none that the belief is drawn from
 LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+STORED = 16  # measurements of half the rows, which a stored result of theirs brings along
+WARM = ("warm", "warm, half the rows stored")
 COLD = ("random", "coordinate", "coordinate, from the middle")
 
 
@@ -52,11 +55,11 @@ class Problem:
     spread: float = 0.3  # of the truth's constants
 
     def cost(self) -> Cost:
-        config = LlamaConfig(**self.sizes, num_key_value_heads=8, vocab_size=128256)
+        config = LlamaConfig(num_key_value_heads=8, vocab_size=128256, **self.sizes)  # type: ignore[arg-type]
         return Cost(read_shape(config, "bfloat16"), find_hardware(self.hardware), self.world_size, graph=True)
 
-    def cases(self, cost: Cost) -> list[Case]:
-        return [(self.rows, choice) for choice in candidates(self.rows, cost.hardware, self.world_size)]
+    def cases(self, cost: Cost, rows: int) -> list[Case]:
+        return [(rows, choice) for choice in candidates(rows, cost.hardware, self.world_size)]
 
 
 PROBLEMS = (
@@ -73,23 +76,33 @@ class Truth:
 
     def __init__(self, cost: Cost, cases: Sequence[Case], spread: float, seed: int):
         drawn = redraw_cost(cost, Random(FIRST_TRUTH + seed), spread)
-        step = Step(drawn, Batch([Chunk(cases[0][0])]))
-        self.seconds = {case: step.seconds(case[1]) for case in cases}
-        self.best_s = min(self.seconds.values())
-        self._random = Random(seed)
+        steps = {rows: Step(drawn, Batch([Chunk(rows)])) for rows in {rows for rows, _ in cases}}
+        self.seconds = {(rows, choice): steps[rows].seconds(choice) for rows, choice in cases}
+        self.best_s = {of: min(s for (rows, _), s in self.seconds.items() if rows == of) for of in steps}
+        self.random = Random(seed)
+
+    def excess(self, case: Case) -> float:
+        """How far off the best of its row count, relative."""
+        return self.seconds[case] / self.best_s[case[0]] - 1.0
 
     def measure(self, case: Case) -> float:
-        return self.seconds[case] * math.exp(self._random.gauss(0.0, NOISE))
+        return self.seconds[case] * math.exp(self.random.gauss(0.0, NOISE))
 
     def is_near(self, case: Case) -> bool:
-        return self.seconds[case] <= NEAR * self.best_s
+        return self.excess(case) <= NEAR
 
 
-# -- searches: each yields, after every measurement, the case that it would answer with ----------------------------------
+# -- searches: each yields, after every measurement, the case that it would answer with --------------------------------
 
 
-def warm(truth: Truth, cases: Sequence[Case], belief: Belief) -> Iterator[Case]:
-    search = Search(belief, cases, NOISE)
+def warm(truth: Truth, cases: Sequence[Case], belief: Belief, stored: Sequence[Case] = ()) -> Iterator[Case]:
+    """stored: the cases of another row count, which was tuned before, in STORED measurements."""
+    known: list[tuple[Case, float]] = []
+    if stored:
+        other = Search(belief, stored, NOISE)
+        list(run_search(other, truth.measure, STORED))
+        known = other.measured
+    search = Search(belief, cases, NOISE, known=known)
     for _ in run_search(search, truth.measure):
         yield search.best()
 
@@ -156,30 +169,34 @@ class Outcome:
     def median(self, name: str) -> float:
         return statistics.median(self.needed[name])
 
-    def fewer(self, name: str) -> float:
-        """Median over seeds of (cold / warm) of the same truth."""
-        return statistics.median(a / b for a, b in zip(self.needed[name], self.needed["warm"], strict=True))
+    def ratios(self, cold: str, warm: str) -> list[float]:
+        """cold / warm of the same truth, by seed; none where neither comes near."""
+        return [a / b for a, b in zip(self.needed[cold], self.needed[warm], strict=True) if min(a, b) < math.inf]
 
 
-def solve(problem: Problem, seeds: int, report: Callable[[], None] = lambda: None) -> Outcome:
+def solve(problem: Problem, seeds: int) -> Outcome:
     cost = problem.cost()
-    cases = problem.cases(cost)
-    belief = believe(cost, cases, seed=0)
+    cases, stored = problem.cases(cost, problem.rows), problem.cases(cost, problem.rows // 2)
+    belief = believe(cost, [*cases, *stored], seed=0)
     middle = min(cases, key=lambda case: distance_from_default(case, problem.rows))
-    counts: dict[str, list[float]] = {name: [] for name in ("warm", *COLD)}
-    near, final, measured = [], [], []
+    outcome = Outcome(problem, len(cases), {name: [] for name in (*WARM, *COLD)}, [], [], [])
     for seed in range(seeds):
-        truth = Truth(cost, cases, problem.spread, seed)
-        near.append(sum(map(truth.is_near, cases)) / len(cases))
+        truth = Truth(cost, [*cases, *stored], problem.spread, seed)
         answers = list(warm(truth, cases, belief))
-        final.append(truth.seconds[answers[-1]] / truth.best_s - 1)
-        measured.append(len(answers))
-        counts["warm"].append(needed(iter(answers), truth))
-        counts["random"].append(needed(at_random(truth, cases, Random(seed)), truth))
-        counts["coordinate"].append(needed(coordinate(truth, cases, Random(seed)), truth))
-        counts["coordinate, from the middle"].append(needed(coordinate(truth, cases, Random(seed), middle), truth))
-        report()
-    return Outcome(problem, len(cases), counts, near, final, measured)
+        searches = {
+            WARM[0]: iter(answers),
+            WARM[1]: warm(truth, cases, belief, stored),
+            COLD[0]: at_random(truth, cases, Random(seed)),
+            COLD[1]: coordinate(truth, cases, Random(seed)),
+            COLD[2]: coordinate(truth, cases, Random(seed), middle),
+        }
+        for name, search in searches.items():
+            truth.random = Random(seed)  # the same noise for each
+            outcome.needed[name].append(needed(search, truth))
+        outcome.near.append(sum(map(truth.is_near, cases)) / len(cases))
+        outcome.final.append(truth.excess(answers[-1]))
+        outcome.measured.append(len(answers))
+    return outcome
 
 
 def distance_from_default(case: Case, rows: int) -> tuple[float, float]:
@@ -194,19 +211,34 @@ def distance_from_default(case: Case, rows: int) -> tuple[float, float]:
 
 def table(outcomes: Sequence[Outcome]) -> str:
     lines = [
-        "| step | candidates | within 1 % | search | median | 90 % of seeds | never | warm needs fewer by |",
-        "|---|---|---|---|---|---|---|---|",
+        "| step | candidates | within 1 % | search | median | 90 % of seeds | never | warm needs fewer by "
+        "| with half the rows stored |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for outcome in outcomes:
         share = f"{statistics.median(outcome.near):.1%}"
-        for name in ("warm", *COLD):
+        for name in (*WARM, *COLD):
             counts = sorted(outcome.needed[name])
             tenth = counts[math.ceil(0.9 * len(counts)) - 1]
-            fewer = "" if name == "warm" else f"{outcome.fewer(name):.0f}x"
+            fewer = " | ".join("" if name in WARM else f"{fewer_by([outcome], name, warm):.1f}x" for warm in WARM)
             never = sum(map(math.isinf, counts))
-            head = f"| {outcome.problem.name} | {outcome.cases} | {share} " if name == "warm" else "| | | "
+            head = f"| {outcome.problem.name} | {outcome.cases} | {share} " if name == WARM[0] else "| | | "
             lines.append(f"{head}| {name} | {outcome.median(name):g} | {tenth:g} | {never} | {fewer} |")
     return "\n".join(lines)
+
+
+def overall(outcomes: Sequence[Outcome]) -> str:
+    """Medians over all steps and seeds together."""
+    said = []
+    for warm in WARM:
+        listed = ", ".join(f"{fewer_by(outcomes, cold, warm):.1f}x ({cold})" for cold in COLD)
+        said.append(f"{warm} needs fewer by {listed}")
+    return f"Over all steps and seeds together, in the median: {'; '.join(said)}. The goal is {GOAL}x."
+
+
+def fewer_by(outcomes: Sequence[Outcome], cold: str, warm: str) -> float:
+    """Median over seeds."""
+    return statistics.median(ratio for outcome in outcomes for ratio in outcome.ratios(cold, warm))
 
 
 def endings(outcomes: Sequence[Outcome]) -> str:
@@ -229,11 +261,10 @@ def main() -> None:
     options = parser.parse_args()
     outcomes = [solve(problem, options.seeds) for problem in PROBLEMS]
     about = (__doc__ or "").split("\n\nUsage")[0]
-    made = f'Made by `python -m perf.tuning --seeds {options.seeds} --write`. "Fewer by" is the median over seeds of'
-    text = (
-        f"# Tuning: measurements needed\n\n{about}\n\n{made} cold / warm on the same truth; the goal is {GOAL}x.\n\n"
-        f"{table(outcomes)}\n\n{endings(outcomes)}\n"
-    )
+    made = f"Made by `python -m perf.tuning --seeds {options.seeds} --write`. The last columns are medians over"
+    made += " seeds of cold / warm on the same truth."
+    parts = ["# Tuning: measurements needed", about, made, table(outcomes), overall(outcomes), endings(outcomes)]
+    text = "\n\n".join(parts) + "\n"
     print(text)
     if options.write:
         REPORT.write_text(text)

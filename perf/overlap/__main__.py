@@ -17,7 +17,7 @@ from perf.overlap.options import parse, points
 from perf.overlap.points import Point, by_setting
 from perf.overlap.report import write_report
 from perf.overlap.sessions import Job, SessionFailed, run_session
-from perf.shapes import model_folder
+from perf.shapes import USER, model_folder
 from perf.timing import machine
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ class Progress:
             return
         self._size = size
         new = (self.journal.read().keys() & self.wanted.keys()) - self._done
-        for key in new:
+        for key in (key for key in self.wanted if key in new):
             self._done.add(key)
             if self._bar.disable:
                 print(f"[{len(self._done)}/{len(self.wanted)}] {self.wanted[key].label}", file=sys.stderr, flush=True)
@@ -71,11 +71,13 @@ def measure(wanted: dict[str, Point], journal: Journal, code: str, timeout_s: fl
     progress = Progress(wanted, journal)
     progress.update()
     known = journal.read()
+    log = journal.path.with_name("ranks.log")
+    log.unlink(missing_ok=True)
     try:
         for setting, group in by_setting([p for key, p in wanted.items() if key not in known]).items():
             folder = str(model_folder(setting.shape))  # made before two ranks could race to make it
             job = Job(group, folder, str(journal.path), code)
-            run_session(job, journal.path.with_name("ranks.log"), timeout_s, progress.update)
+            run_session(job, log, timeout_s, progress.update)
     finally:
         progress.close()
 
@@ -83,7 +85,7 @@ def measure(wanted: dict[str, Point], journal: Journal, code: str, timeout_s: fl
 def main(argv: list[str]) -> int:
     options = parse(argv)
     if options.link == "real":
-        netns.become_root_of_a_user_namespace(argv)
+        netns.become_root_of_a_user_namespace(argv, USER)
         if reason := netns.refusal():
             return refused(reason)
     for number in (signal.SIGTERM, signal.SIGHUP):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 COMPUTE, COMMUNICATION = "nocomm", "communication alone"  # contestants that `ideal` is made of
+SLEEPS = ", sleeps only"  # modes that end so ran on a wire that sends nothing, and only sleeps
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,19 @@ def with_ideal(seconds: Mapping[str, Sequence[float]]) -> dict[str, list[float]]
     return rows
 
 
+def baseline(mode: str) -> str:
+    """What a mode is compared with: off, on the same wire."""
+    return f"off{SLEEPS}" if mode.endswith(SLEEPS) else "off"
+
+
 def gain(seconds: Mapping[str, Sequence[float]], mode: str) -> Spread:
     """off / mode, round by round: above 1, `mode` is faster."""
-    return spread([off / own for off, own in zip(seconds["off"], seconds[mode], strict=True)])
+    return ratio(seconds, baseline(mode), mode)
+
+
+def ratio(seconds: Mapping[str, Sequence[float]], slow: str, fast: str) -> Spread:
+    """slow / fast, round by round."""
+    return spread([a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)])
 
 
 def exposed(seconds: Mapping[str, Sequence[float]], mode: str) -> Spread | None:
@@ -70,12 +81,19 @@ def exposed(seconds: Mapping[str, Sequence[float]], mode: str) -> Spread | None:
 
 
 def hidden(seconds: Mapping[str, Sequence[float]], mode: str) -> Spread | None:
-    """The share hidden, over the rounds in which there was something to hide."""
+    """The share hidden, by medians, as a round's own differences are small ones of large numbers; and its least and
+    largest over the rounds in which there was something to hide. None where there is nothing."""
     if "ideal" not in seconds:
         return None
-    triples = zip(seconds["off"], seconds[mode], seconds["ideal"], strict=True)
-    shares = [share for triple in triples if (share := hidden_share(*triple)) is not None]
-    return spread(shares) if shares else None
+    columns = seconds[baseline(mode)], seconds[mode], seconds["ideal"]
+    middle = hidden_share(*map(statistics.median, columns))
+    shares = [share for row in zip(*columns, strict=True) if (share := hidden_share(*row)) is not None]
+    return None if middle is None else Spread(middle, min(shares, default=middle), max(shares, default=middle))
+
+
+def varied(values: Sequence[float]) -> float:
+    """Largest / least."""
+    return max(values) / min(values)
 
 
 def never_slower(seconds: Mapping[str, Sequence[float]], mode: str) -> bool:

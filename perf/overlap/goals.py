@@ -26,8 +26,9 @@ class Finding:
 
 
 def findings(results: list[tuple[Point, dict[str, Any]]]) -> list[Finding]:
-    """Of every prefill point, in order."""
-    return [one for point, result in results if point.measure == "prefill" for one in judge(point, result)]
+    """Of every prefill point on a link, in order."""
+    on_a_link = [pair for pair in results if pair[0].measure == "prefill" and pair[0].setting.link != "none"]
+    return [one for point, result in on_a_link for one in judge(point, result)]
 
 
 def judge(point: Point, result: dict[str, Any]) -> Iterator[Finding]:
@@ -40,10 +41,10 @@ def judge(point: Point, result: dict[str, Any]) -> Iterator[Finding]:
         ratio, least = figures.gain(seconds, "weave"), GAIN[mbit]
         yield Finding(where, f"off / weave, {at}", f">= {least:.2f}", f"{ratio:.2f}", ratio.median >= least)
     if tokens == LONG_TOKENS and mbit == PEER_MBIT and PEER in seconds:
-        ratio = figures.gain({"off": seconds[PEER], "weave": seconds["weave"]}, "weave")
+        ratio = figures.ratio(seconds, PEER, "weave")
         found = f"{ratio:.2f}"
         yield Finding(where, f"{PEER} / weave, {at}", f">= {PEER_GAIN:.2f}", found, ratio.median >= PEER_GAIN)
     for mode in ("weave", "auto"):
         ratio = figures.gain(seconds, mode)
         met = figures.never_slower(seconds, mode)
-        yield Finding(where, f"off / {mode}, {at}", "not slower by more than the spread", f"{ratio:.2f}", met)
+        yield Finding(where, f"{mode} against off, {at}", "not slower by more than the spread", f"{ratio:.2f}", met)

@@ -36,8 +36,9 @@ def compare(bench: Bench, batch: Batch, rounds: int, peers: dict[str, Callable[[
         name: partial(bench.step, mode, batch, plans[name]) for name, mode in bench.modes.items()
     }
     contestants |= bench.communication_alone(batch)
-    contestants |= {name: partial(discard, run) for name, run in peers.items()}
-    seconds = slowest(bench.rank.ranks.gather(interleaved(contestants, rounds)))
+    contestants |= peers
+    timed = {name: partial(discard, run) for name, run in contestants.items()}
+    seconds = slowest(bench.rank.ranks.gather(interleaved(timed, rounds)))
     return {"seconds": seconds, "auto_chose": mode_of(plans["auto"]), "missing": bench.missing}
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from perf.overlap.figures import COMMUNICATION
+from perf.overlap.figures import COMMUNICATION, SLEEPS
 from perf.overlap.points import Setting
 from perf.overlap.silent import SilentTransport, note
 from tokenweave.comm.link import Link, PacedTransport
@@ -32,7 +32,7 @@ MODES = {
     "auto": Mode("auto"),
     "nocomm": Mode("off", "silent"),
 }
-CONTROLS = {"off, sleeps only": Mode("off", "sleeps"), "weave, sleeps only": Mode("weave", "sleeps")}
+CONTROLS = {f"{name}{SLEEPS}": Mode(name, "sleeps") for name in ("off", "weave")}
 
 
 @dataclass(frozen=True)

@@ -107,10 +107,11 @@ def refusal(mbit_per_s: float = 1000.0) -> str:
         return str(error)
 
 
-def become_root_of_a_user_namespace(argv: list[str]) -> None:
-    """Start this program again under `unshare -Ur`, where it may make network namespaces. Returns only if it need not,
-    or where the kernel forbids it."""
+def become_root_of_a_user_namespace(argv: list[str], user: str) -> None:
+    """Start this program again under `unshare -Ur`, where it may make network namespaces; the variable `user`
+    then has the user's own id. Returns only if it need not, or where the kernel forbids it."""
     if os.geteuid() == 0 or not shutil.which("unshare"):
         return
     if subprocess.run(["unshare", "-Ur", "true"], capture_output=True, timeout=COMMAND_TIMEOUT_S).returncode == 0:
-        os.execvp("unshare", ["unshare", "-Ur", sys.executable, "-m", "perf.overlap", *argv])
+        environment = os.environ | {user: str(os.getuid())}
+        os.execvpe("unshare", ["unshare", "-Ur", sys.executable, "-m", "perf.overlap", *argv], environment)

@@ -25,7 +25,7 @@ modes     off     plain all-reduce, then residual and norm on every rank
           ideal   computed: the longer of compute alone and communication alone
           and peers, with the weights and the ranks that tokenweave has: see perf/overlap/peers/
 measures  prefill   seconds of one step by prompt length
-          timeline  what both lanes of each rank did in one of them
+          timeline  what both lanes of each rank did in one of them (CPU)
           decode    seconds of one step by batch
           mix       tokens/s, TTFT, TPOT and E2E at p50/p90/p99 of requests that come at their own times
 links     real   two network namespaces joined by a shaped veth pair, a torchrun in each (Linux; root or unshare -Ur)
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--prompts", type=count, nargs="+", metavar="N", help="tokens (default: 256 512 1024 2048)")
     p.add_argument("--batches", type=count, nargs="+", metavar="N", help="decode batches (default: 1 4 16 64)")
     p.add_argument("--mixes", choices=MIXES, nargs="+", help="default: fixed chat")
-    p.add_argument("--rounds", type=count, help="of each comparison (default: 5); a third as many of each mix")
+    p.add_argument("--rounds", type=count, help="of each comparison (default: 5); of each mix 3 at most")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     p.add_argument("--ranks", type=count, default=2, help="default: 2")
     p.add_argument("--threads", type=count, default=os.cpu_count() or 1, help="of all ranks together (default: cores)")
@@ -103,12 +103,12 @@ def points(options: argparse.Namespace) -> list[Point]:
     """What is to be measured, by model and link; the timeline is of the longest prompt up to 1024 tokens."""
     xs = {"prefill": options.prompts, "decode": options.batches, "mix": options.mixes}
     xs["timeline"] = [max((tokens for tokens in options.prompts if tokens <= 1024), default=min(options.prompts))]
-    rounds = {"mix": max(1, options.rounds // 3), "timeline": 1}
+    rounds = {"mix": min(3, options.rounds), "timeline": 1}
     return [
         Point(setting, measure, x, rounds.get(measure, options.rounds))
         for setting in settings(options)
         for measure in MEASURES
-        if measure in options.measures
+        if measure in options.measures and (measure, options.device) != ("timeline", "cuda")  # lanes of a CPU only
         for x in xs[measure]
     ]
 

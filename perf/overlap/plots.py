@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from perf.overlap.figures import COMMUNICATION
+from perf.overlap.figures import COMMUNICATION, SLEEPS
 from perf.overlap.points import Point
 from perf.overlap.rows import Row
 from tokenweave.trace import picture
@@ -26,7 +26,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "nocomm": {"color": "black", "linestyle": ":"},
     "ideal": {"color": "black", "linestyle": "--"},
 }
-HIDDEN_NAMES = (COMMUNICATION, "off, sleeps only")  # in the tables; lines of their own would crowd the plot
+HIDDEN_NAMES = (COMMUNICATION, f"off{SLEEPS}")  # in the tables; lines of their own would crowd the plot
 PEER_STYLE = {"marker": "s", "linestyle": "-", "linewidth": 1.0}
 X_NAMES = {"prefill": "prompt, tokens", "decode": "sequences in the batch"}
 DPI = 110

@@ -15,6 +15,7 @@ from tokenweave.config import EngineConfig
 from tokenweave.engine.rank import Rank, open_rank
 
 BLOCK_SIZE = 16
+STEP_TOKENS = 2048  # at least: measuring step times for "auto" needs room, whatever the points
 DECODE_BLOCKS = 17  # of each sequence in a decode batch: 257 tokens
 SERVING_BLOCKS = 1024
 TIMEOUT_S = 300.0
@@ -29,8 +30,10 @@ def config(job: Job) -> EngineConfig:
         device=setting.device,
         link=link(setting),
         block_size=BLOCK_SIZE,
-        num_kv_blocks=max(map(blocks, job.points)),
-        max_num_batched_tokens=max(2048, *(int(p.x) for p in job.points if p.measure == "prefill")),
+        num_kv_blocks=max([STEP_TOKENS // BLOCK_SIZE, *map(blocks, job.points)]),
+        max_num_batched_tokens=max(
+            [STEP_TOKENS, *(int(point.x) for point in job.points if point.measure == "prefill")]
+        ),
         enable_prefix_caching=False,
         timeout_s=TIMEOUT_S,
         progress=False,

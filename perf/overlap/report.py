@@ -9,10 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from perf.overlap import netns, plots
+from perf.overlap import figures, netns, plots
 from perf.overlap.goals import Finding, findings
 from perf.overlap.points import Point, Setting
 from perf.overlap.rows import COLUMNS, Row, rows
+from perf.overlap.schedule import Strands, most_hidden, woven_s
 from tokenweave.trace import overlap
 from tokenweave.trace.spans import Span
 
@@ -33,9 +34,11 @@ LINK_WORDS = {
 TERMS = (
     "Medians over rounds in which all modes take turns (A B A B), with (min-max); a round lasts until its last rank is "
     "done. `nocomm`: nothing is sent. `communication alone`: what a step of `fused` sends, with nothing computed. "
-    "`ideal`: the longer of these two, round by round. Exposed: beyond `nocomm`. Hidden: (off - mode) / (off - ideal)."
+    "`ideal`: the longer of these two, round by round. Exposed: beyond `nocomm`. Hidden: (off - mode) / (off - ideal), "
+    "of medians."
 )
 FIGURES = {"latency": (1e3, ".1f", "ms"), "gain over off": (1.0, ".2f", "x"), "exposed": (1e3, ".1f", "ms")}
+QUIET = 1.25  # largest / least
 FIGURES["hidden share"] = (100.0, ".0f", "%")
 
 
@@ -63,8 +66,12 @@ def write_csv(table: Sequence[Row], path: Path) -> None:
 def write_json(results: Results, table: Sequence[Row], about: dict[str, Any], path: Path) -> None:
     """Everything but the spans: what was measured, round by round, and the figures made of it."""
     points = [asdict(point) | {k: v for k, v in result.items() if k != "spans"} for point, result in results]
-    figures = [dict(zip(COLUMNS, row.cells)) for row in table]
-    path.write_text(json.dumps({"about": about, "points": points, "figures": figures}, indent=1) + "\n")
+    path.write_text(
+        json.dumps(
+            {"about": about, "points": points, "figures": [dict(zip(COLUMNS, row.cells)) for row in table]}, indent=1
+        )
+        + "\n"
+    )
 
 
 def settings_of(results: Results) -> list[Setting]:
@@ -81,7 +88,26 @@ def head(results: Results, about: dict[str, Any]) -> list[str]:
         f"Load average when it started: {about['load']:.1f}."
     )
     made = f"Made by `{about['command']}`."
-    return [f"# What overlap is worth, {about['date']}", machine, LINK_WORDS[first.link], TERMS, made, *absent(results)]
+    return [
+        f"# What overlap is worth, {about['date']}",
+        machine,
+        LINK_WORDS[first.link],
+        TERMS,
+        made,
+        *unquiet(results),
+        *absent(results),
+    ]
+
+
+def unquiet(results: Results) -> list[str]:
+    """A warning, where compute alone did not take the same time in every round."""
+    varied = [figures.varied(result["seconds"]["nocomm"]) for _, result in results if "seconds" in result]
+    if not varied or max(varied) < QUIET:
+        return []
+    return [
+        f"**The machine was not quiet**: compute alone varied by up to {max(varied) - 1:.0%} between rounds. Figures "
+        "by difference (exposed, hidden) mean little then; measure again."
+    ]
 
 
 def absent(results: Results) -> list[str]:
@@ -129,6 +155,8 @@ def cell(row: Row | None, scale: float, spec: str) -> str:
     if row is None:
         return ""
     value = row.value
+    if row.point.rounds == 1:
+        return f"{value.median * scale:{spec}}"
     return f"{value.median * scale:{spec}} ({value.min * scale:{spec}}-{value.max * scale:{spec}})"
 
 
@@ -162,6 +190,21 @@ def traced(point: Point, result: dict[str, Any], folder: Path) -> Iterator[str]:
         times = (mean.compute_s, mean.communication_s, mean.hidden_s, mean.exposed_s, mean.idle_s)
         lines.append([mode, *(f"{seconds * 1e3:.1f}" for seconds in times)])
     yield markdown(["whole step, mean rank, ms", "compute", "communication", "hidden", "exposed", "idle"], lines)
+    if result.get("strands"):
+        yield scheduled(Strands(**result["strands"]))
+
+
+def scheduled(strands: Strands) -> str:
+    """What limits the weave: its order of work, or what sending costs."""
+    most = most_hidden(strands)
+    share = "" if most is None else f": {most:.0%} of what can be hidden"
+    compute_ms, sums_ms, woven_ms = (
+        f"{s * 1e3:.1f} ms" for s in (strands.compute_s, strands.communication_s, woven_s(strands))
+    )
+    return (
+        f"With segments at their fastest when nothing is sent ({compute_ms} in all, not split), sums at line rate "
+        f"({sums_ms}) and no CPU time for sending, the weave's order of work takes {woven_ms}{share}. What weave takes beyond that is gloo, threads and the kernel."
+    )
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

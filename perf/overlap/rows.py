@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from perf.overlap import figures
-from perf.overlap.figures import Spread, with_ideal
+from perf.overlap.figures import COMMUNICATION, COMPUTE, Spread, with_ideal
 from perf.overlap.points import Point
 
 COLUMNS = (
     "shape", "link", "mbit_per_s", "ranks", "threads_per_rank", "device", "measure", "x", "mode", "figure", "unit",
     "median", "min", "max", "rounds",
 )  # fmt: skip
+
+BOUNDS = (COMPUTE, COMMUNICATION, "ideal")  # not ways to run a step
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,11 @@ def rows_of(point: Point, result: dict[str, Any]) -> Iterator[Row]:
         seconds = with_ideal(result["seconds"])
         for mode, values in seconds.items():
             yield Row(point, mode, "latency", "s", figures.spread(values))
-            yield Row(point, mode, "gain over off", "x", figures.gain(seconds, mode))
-            if (exposed := figures.exposed(seconds, mode)) is not None:
+            if mode != COMMUNICATION:
+                yield Row(point, mode, "gain over off", "x", figures.gain(seconds, mode))
+            if mode not in BOUNDS and (exposed := figures.exposed(seconds, mode)) is not None:
                 yield Row(point, mode, "exposed", "s", exposed)
-            if (hidden := figures.hidden(seconds, mode)) is not None:
+            if mode not in BOUNDS and (hidden := figures.hidden(seconds, mode)) is not None:
                 yield Row(point, mode, "hidden share", "", hidden)
     if point.measure == "mix":
         for mode, values_by_figure in result["figures"].items():

@@ -21,7 +21,7 @@ from perf.overlap.points import Point, Setting, point_from
 
 ROOT = Path(__file__).parents[2]
 PORT = "29500"  # inside a namespace of our own, where every port is free
-POLL_S = 0.5  # rarely: the ranks need the cores
+POLL_S = 0.5  # rarely, too
 GRACE_S = 5.0  # for ranks to end when told to
 LAST_LINES = 25
 
@@ -83,16 +83,8 @@ def commands(setting: Setting, job: str) -> Iterator[list[list[str]]]:
 
 def torchrun(job: str, ranks: int, meeting: list[str]) -> list[str]:
     """Its ranks end with it, however it ends."""
-    agent = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        *meeting,
-        "--nproc-per-node",
-        str(ranks),
-        "--monitor-interval",
-        "1",
-    ]
+    agent = [sys.executable, str(ROOT / "launch" / "ranks.py"), *meeting, "--nproc-per-node", str(ranks)]
+    agent += ["--monitor-interval", "1"]  # seconds: rarely, for the ranks need the cores
     return [*agent, "--no-python", *tied(), sys.executable, "-m", "perf.overlap.rank", job]
 
 

@@ -44,7 +44,7 @@ class Mix:
     @property
     def words(self) -> str:
         come = f"Poisson arrivals at {self.rate_per_s:g}/s" if self.rate_per_s else "all at once"
-        parts = [f"{name} tokens by percentile {stated(p, self.scale)}" for name, p in self._parts]
+        parts = [f"{name} tokens {stated(p, self.scale)}" for name, p in self._parts]
         return f"{self.requests} requests, {come}; {'; '.join(parts)}"
 
     @property
@@ -53,6 +53,8 @@ class Mix:
 
 
 def stated(percentiles: Mapping[int, float], scale: float) -> str:
+    if len(set(percentiles.values())) == 1:
+        return f"{round(scale * percentiles[0])} each"
     return ", ".join(f"p{percent} {max(1, round(scale * tokens))}" for percent, tokens in percentiles.items())
 
 

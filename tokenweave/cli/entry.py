@@ -8,13 +8,13 @@ import sys
 from collections.abc import Sequence
 
 import tokenweave
-from tokenweave.cli import calibrate, generate, tune
+from tokenweave.cli import calibrate, generate, plan, tune
 from tokenweave.cli.failure import report
 from tokenweave.cli.parser import Parser
 from tokenweave.cli.stdout import own_stdout
 
 # A command is a module with SUMMARY (one line), parser() -> Parser and run(options, out) -> None.
-COMMANDS = {"generate": generate, "calibrate": calibrate, "tune": tune}
+COMMANDS = {"generate": generate, "plan": plan, "calibrate": calibrate, "tune": tune}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

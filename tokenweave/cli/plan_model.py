@@ -70,4 +70,4 @@ def nearest(model: str) -> str:
 
 
 def expected() -> str:
-    return f"give a folder, a config.json, a hub id 'org/name', or one of {', '.join(PUBLISHED)}"
+    return f"give a folder, a config.json, a hub id 'org/name', or one of {', '.join(sorted(PUBLISHED))}"

@@ -24,8 +24,8 @@ examples:
   tokenweave plan Qwen/Qwen3-32B --tp 4 --prompt-len 4096 --batch-size 32
   tokenweave plan ./my-model/config.json --hardware l40s --request-rate 2 --ttft-ms 500 --tpot-ms 50
   tokenweave plan Llama-3.3-70B --tp 8 --what-if link=0.5 --what-if flops=2,bandwidth=1.5
-  tokenweave plan Llama-3.3-70B --tp 8 --explain 3000                  why a prompt of 3000 tokens is split, and where
-  tokenweave plan Llama-3.3-70B --tp 8 --explain 2048@1024+64x1@500    a chunk after 1024 tokens, and 64 rows that decode
+  tokenweave plan Llama-3.3-70B --tp 8 --explain 3000                  why a prompt of 3000 tokens is split, where
+  tokenweave plan Llama-3.3-70B --tp 8 --explain 2048@1024+64x1@500    a chunk after 1024 tokens, 64 rows that decode
   tokenweave plan Llama-3.3-70B --tp 8 --plot gain.png --json > plan.json
 
 FILE of --hardware holds the fields of a record, or those that differ from a known one: {"like": "h100-sxm",

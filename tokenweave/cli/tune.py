@@ -18,12 +18,10 @@ from tokenweave.cli.generate_options import ENGINE, MODEL
 from tokenweave.cli.options import add_options, chosen
 from tokenweave.cli.parser import Parser
 from tokenweave.config import EngineConfig
-from tokenweave.cost.cost import Cost
 from tokenweave.cost.journal import Journal
-from tokenweave.cost.machine import hardware_at_hand, hardware_key, with_link
 from tokenweave.cost.session import Session, describe
-from tokenweave.cost.shape import shape_of_spec
-from tokenweave.cost.tuned import VERSION, Key, Store, TunedLimits, TunedStep, make_key
+from tokenweave.cost.tuned import VERSION, Key, Store, TunedLimits, TunedStep
+from tokenweave.engine.at_hand import cost_of, key_of
 from tokenweave.engine.stepper import Stepper
 
 SUMMARY = "find the fastest way to run a model's steps on this machine, and keep it"
@@ -131,8 +129,8 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
 
 def tune(options: argparse.Namespace, stepper: Stepper) -> Result:
     """Rank 0's part: search, and store what was found."""
-    cost, rows, store = cost_of(stepper), rows_of(options, stepper), Store(options.output)
-    key = make_key(cost.shape, cost.world_size, hardware_key(stepper.rank.ranks.device, link(options)))
+    cost, rows, store = cost_of(stepper.rank.runner), rows_of(options, stepper), Store(options.output)
+    key = key_of(stepper.rank.runner)
     folder = store.folder / key.folder
     about = {"version": VERSION, "shape": key.shape, "world_size": key.world_size, "hardware": key.hardware}
     journal = Journal(folder / "journal.jsonl", about | {"rows": list(rows), "seed": options.seed})
@@ -162,16 +160,6 @@ def tune(options: argparse.Namespace, stepper: Stepper) -> Result:
         return Result(key, folder, steps, limits, len(session.measured), time.monotonic() - start_s)
     finally:
         journal.close(done)
-
-
-def cost_of(stepper: Stepper) -> Cost:
-    """The model of what is measured: this machine as calibrated, or by data sheet, with the simulated link."""
-    runner, ranks = stepper.rank.runner, stepper.rank.ranks
-    hardware = hardware_at_hand(ranks.device)
-    if runner.config.link is not None:
-        hardware = with_link(hardware, runner.config.link, ranks.world_size)
-    shape = shape_of_spec(runner.spec, str(runner.dtype).removeprefix("torch."))
-    return Cost(shape, hardware, ranks.world_size)
 
 
 def rows_of(options: argparse.Namespace, stepper: Stepper) -> tuple[int, ...]:

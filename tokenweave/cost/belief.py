@@ -16,8 +16,9 @@ from tokenweave.cost.step import Step
 from tokenweave.cost.work import Batch, Chunk
 
 DRAWS = 96  # of the model's constants
-# What no constants explain, relative: of one candidate's time, of all times of a mode, and of all times together.
-MISFIT, MODE_MISFIT, SCALE_MISFIT = 0.02, 0.05, 0.5
+# What no constants explain, relative: of one candidate's time, of all times of a mode, of all times together, and by
+# where the cut is (per quarter of the rows, and squared), on machines whose GEMMs have tiles and on others.
+MISFIT, MODE_MISFIT, SCALE_MISFIT, CUT_MISFIT, CPU_CUT_MISFIT = 0.02, 0.05, 0.5, 0.005, 0.05
 
 Case = tuple[int, Choice]  # a prompt's rows, and how its step is run
 
@@ -29,13 +30,15 @@ class Belief:
     candidate therefore corrects those that hang on the same constants, of other modes, cuts and row counts as well.
     """
 
-    def __init__(self, cases: Sequence[Case], log_s: np.ndarray):
+    def __init__(self, cases: Sequence[Case], log_s: np.ndarray, cut_misfit: float = CUT_MISFIT):
         """log_s: [draws, cases], natural logarithms of seconds."""
         self.index = {case: i for i, case in enumerate(cases)}
         self.prior = log_s.mean(axis=0)
         draws = (log_s - self.prior) / math.sqrt(max(1, len(log_s) - 1))
         modes = [[MODE_MISFIT * (choice.mode == mode) for _, choice in cases] for mode in MODES]
-        self.spread = np.vstack([draws, modes, np.full(len(cases), SCALE_MISFIT)])  # covariance = spread.T @ spread
+        shift = np.array([0.0 if choice.cut is None else 4 * choice.cut / rows - 2 for rows, choice in cases])
+        cuts, scale = cut_misfit * np.array([shift, shift**2]), np.full(len(cases), SCALE_MISFIT)
+        self.spread = np.vstack([draws, modes, cuts, scale])  # covariance = spread.T @ spread
 
     def after(self, measured: Sequence[tuple[Case, float]], noise: float) -> tuple[np.ndarray, np.ndarray]:
         """(mean, standard deviation) of every candidate's log seconds, given (case, seconds) with `noise`, relative."""
@@ -68,7 +71,7 @@ def believe(
         steps = {rows: Step(drawn, Batch([Chunk(rows)])) for rows in {rows for rows, _ in cases}}
         log_s[draw] = [math.log(steps[rows].seconds(choice)) for rows, choice in cases]
         progress()
-    return Belief(cases, log_s)
+    return Belief(cases, log_s, CUT_MISFIT if cost.hardware.tiles else CPU_CUT_MISFIT)
 
 
 def expected_improvement(mean: np.ndarray, deviation: np.ndarray, best: float) -> np.ndarray:

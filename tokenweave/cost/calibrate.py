@@ -202,13 +202,14 @@ def shares(rows: int, world_size: int) -> list[range]:
 
 
 def timed(run: Callable[[], Any], device: torch.device, ranks: Ranks | None = None) -> float:
-    """Median seconds of one run, after one to warm up. With ranks: all run as often as rank 0 says."""
+    """Seconds of one run, after one to warm up: the lower quartile, since other work on the machine only adds. With
+    ranks: all run as often as rank 0 says."""
     first_s = once(run, device, ranks)
     first_s = min(first_s, once(run, device, ranks))
     repeats = min(MOST, max(LEAST, int(POINT_S / max(first_s, 1e-7))))
     if ranks is not None:
         repeats = ranks.gather(repeats)[0]
-    return statistics.median(once(run, device, ranks) for _ in range(repeats))
+    return sorted(once(run, device, ranks) for _ in range(repeats))[repeats // 4]
 
 
 def once(run: Callable[[], Any], device: torch.device, ranks: Ranks | None) -> float:

@@ -82,7 +82,7 @@ def predict(step: Step, choice: Choice, times: StepTimes | None) -> float:
     if times is None:
         return seconds
     rows = step.batch.rows
-    at = min(rows, max(times.seconds[choice.mode])) if step.cost.hardware.tiles else rows
+    at = min(rows, max(2, *times.seconds[choice.mode])) if step.cost.hardware.tiles else rows
     like = middle(at) if choice.mode == "weave" else choice
     return times.predict(choice.mode, at) * seconds / Step(step.cost, Batch([Chunk(at)])).seconds(like)
 

@@ -3,15 +3,16 @@ pay."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from tokenweave.cost.choice import Choice
 from tokenweave.cost.cost import Cost
 from tokenweave.cost.decide import decide
 from tokenweave.cost.search import middle
 from tokenweave.cost.step import Step
-from tokenweave.cost.work import Batch, Chunk
+from tokenweave.cost.work import Batch, Chunk, Work
+from tokenweave.cost.woven import SITES
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,7 @@ def explain(cost: Cost, chunks: tuple[Chunk, ...]) -> Explanation:
     woven = None if decision.woven is None else _woven(step, decision.woven)
     host_s = cost.host_s(1), cost.host_s(2)
     predicted = dict(decision.predicted_s) or {"off": step.seconds(Choice())}
-    return Explanation(
-        batch.rows, len(batch.chunks), decision.choice, predicted, decision.candidates, host_s, woven
-    )
+    return Explanation(batch.rows, len(batch.chunks), decision.choice, predicted, decision.candidates, host_s, woven)
 
 
 def _woven(step: Step, choice: Choice) -> Woven:
@@ -73,17 +72,68 @@ def _woven(step: Step, choice: Choice) -> Woven:
     assert choice.mlp_sms is not None
     cost, woven = step.cost, step.woven(choice.cut)
     lanes = woven.lay_out(choice.attention_sms, choice.mlp_sms)
-    alone_s = [_segments_s(cost, half) for half in woven.halves]
-    cut = middle(step.batch.rows)
-    at_middle = Choice("weave", cut, choice.attention_sms, choice.mlp_sms)
-    sums_s = woven.sums_s(choice.attention_sms, choice.mlp_sms)
+    first_s, second_s = (_segments_s(cost, half) for half in woven.halves)
+    sums_s = sum(_sums_s(cost, half, choice.attention_sms, choice.mlp_sms) for half in woven.halves)
+    hidden_s = min(sums_s, lanes.hidden_s)
     return Woven(
-        choice,
-        step.seconds(choice),
-        (alone_s[0], alone_s[1]),
-        _segments_s(cost, step.whole),
-        sums_s,
-        min(sums_s, lanes.hidden_s),
-        lanes.slowed_s,
-        step.seconds(at_middle),
+        choice=choice,
+        seconds=step.seconds(choice),
+        halves_s=(first_s, second_s),
+        unsplit_segments_s=_segments_s(cost, step.whole),
+        sums_s=sums_s,
+        hidden_s=hidden_s,
+        slowdown_s=max(0.0, lanes.end_s - first_s - second_s - (sums_s - hidden_s)),
+        middle_s=step.seconds(replace(choice, cut=middle(step.batch.rows))),
     )
+
+
+def _segments_s(cost: Cost, work: Work) -> float:
+    sms = cost.hardware.sms
+    return sum(block.repeats * cost.part_s(part, work, sms) for block in cost.parts.blocks for part in block.parts)
+
+
+def _sums_s(cost: Cost, work: Work, *sms: int) -> float:
+    return sum(
+        block.repeats * cost.request_s(part, work.going(part), "weave", sms[SITES[part.site]])
+        for block in cost.parts.blocks
+        for part in block.parts
+    )
+
+
+def _of_split(explanation: Explanation, woven: Woven) -> Iterator[str]:
+    choice, rows = woven.choice, explanation.rows
+    first_ms, second_ms = (seconds * 1e3 for seconds in woven.halves_s)
+    rows_of_halves = f"{choice.cut} + {rows - (choice.cut or 0)} rows"
+    if explanation.candidates > 1:
+        sms = f"{choice.attention_sms} SMs for sums after attention, {choice.mlp_sms} after the MLP"
+        yield f"the best split of {explanation.candidates} looked at: {rows_of_halves}, {sms}"
+    else:
+        yield f"split in the middle: {rows_of_halves}"
+    yield f"its halves compute {first_ms:.2f} and {second_ms:.2f} ms, the whole batch {_ms(woven.unsplit_segments_s)}"
+    share = woven.hidden_s / woven.sums_s if woven.sums_s else 0.0
+    yield (
+        f"{share:.0%} of {_ms(woven.sums_s)} of sums are hidden; what computes beside them is slowed by "
+        f"{_ms(woven.slowdown_s)}"
+    )
+    if woven.middle_s > woven.seconds * 1.001:
+        lost = woven.middle_s / woven.seconds - 1
+        yield f"cut at row {middle(rows)}, the middle, it would take {lost:.1%} longer"
+    unsplit_s, split_s = explanation.host_s
+    if split_s > woven.seconds * 0.9:
+        yield (
+            f"launching kernel by kernel takes the host {_ms(unsplit_s)} unsplit and {_ms(split_s)} split: the device "
+            "waits for it"
+        )
+
+
+def _of_choice(explanation: Explanation) -> str:
+    taken, predicted = explanation.taken.mode, explanation.predicted_s
+    if taken == "weave":
+        unsplit_s = min(predicted["off"], predicted["fused"])
+        return f"split: {unsplit_s / predicted['weave']:.2f}x as fast as the best unsplit way"
+    loss = predicted["weave"] / predicted[taken] - 1
+    return f"not split: the best split is predicted {loss:.1%} slower than {taken}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms"

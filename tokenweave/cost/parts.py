@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,7 +34,7 @@ class Part:
     comes_wanted: bool = False
     goes_wanted: bool = False
 
-    @property
+    @functools.cached_property
     def gathers(self) -> bool:
         return self.site in ("qk_norm", "head")
 

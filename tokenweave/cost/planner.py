@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
 from typing import Protocol
 
 from tokenweave.cost.choice import Choice
@@ -15,7 +14,7 @@ from tokenweave.cost.work import Batch, Chunk
 from tokenweave.weave.plan import Plan, StepTimes, plan_step
 
 REMEMBERED = 4096  # plans
-KEPT_BITS = 3  # of a context's length: it is rounded to an eighth, so that a growing context is not a new batch
+KEPT_BITS = 4  # of a context's length: it is rounded to an eighth, so that a growing context is not a new batch
 SAFETY = 2  # splitting is looked for from this factor below the rows from which on it paid in trial batches
 DECODE_CONTEXTS = (256, 4096)  # of the trial batches
 
@@ -126,14 +125,18 @@ def trial_rows(most: int) -> Iterator[int]:
 def summarise(spans: Iterable[Span]) -> Runs:
     """A batch in short: contexts rounded, rows that decode next to each other all alike."""
     runs: list[tuple[int, Chunk]] = []
-    for decode, group in groupby(spans, key=lambda span: len(span) == 1 and span.wanted == 1):
-        members = list(group)
-        if decode:
-            mean = sum(span.context for span in members) // len(members)
-            runs.append((len(members), Chunk(1, rounded(mean))))
+    contexts: list[int] = []  # of rows that decode, since the last other span
+    for span in spans:
+        if len(span) == 1 and span.wanted == 1:
+            contexts.append(span.context)
         else:
-            runs += [(1, Chunk(len(span), rounded(span.context), span.wanted)) for span in members]
-    return tuple(runs)
+            runs += [*_decoding(contexts), (1, Chunk(len(span), rounded(span.context), span.wanted))]
+            contexts = []
+    return (*runs, *_decoding(contexts))
+
+
+def _decoding(contexts: list[int]) -> Runs:
+    return ((len(contexts), Chunk(1, rounded(sum(contexts) // len(contexts)))),) if contexts else ()
 
 
 def rounded(count: int) -> int:
@@ -142,9 +145,8 @@ def rounded(count: int) -> int:
     return count >> dropped << dropped
 
 
-def expand(runs: Runs) -> Iterator[Chunk]:
-    for count, chunk in runs:
-        yield from (chunk for _ in range(count))
+def expand(runs: Runs) -> list[Chunk]:
+    return [chunk for count, chunk in runs for _ in range(count)]
 
 
 def as_plan(decision: Decision, rows: int) -> Plan:

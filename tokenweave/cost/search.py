@@ -11,7 +11,7 @@ from tokenweave.cost.step import Step
 GRAIN = 64  # rows: a cut at a tile's edge, from either end, wastes none
 FINE_CUTS = 128  # at most, from either end, are ranked by their GEMMs alone
 REGIONS = 16  # the best of each of so many parts of the batch are ranked with attention and sums
-FINALISTS = 6  # at most, of those, get SM counts of their own
+FINALIST_PARTS = 12  # the best of those get SM counts of their own: six cuts where a layer has two parts, and so on
 SLACK = 0.003  # of the time: what cannot gain more is not looked at
 
 
@@ -35,7 +35,7 @@ def best_weave(step: Step) -> Found | None:
     bounds = sorted((_bound_s(step, cut), cut) for cut in shortlist(step))
     counts = len(step.cost.hardware.communication_sms)
     best, looked = None, len(bounds)
-    for bound_s, cut in bounds[:FINALISTS]:
+    for bound_s, cut in bounds[: max(2, FINALIST_PARTS // len(step.cost.core.parts))]:
         if best is not None and bound_s >= (1.0 - SLACK) * best[0]:
             break
         found = (*step.woven(cut).best_sms(SLACK), cut)
@@ -80,8 +80,8 @@ def _bound_s(step: Step, cut: int) -> float:
     seconds = 0.0
     for part in cost.core.parts:
         for half in (0, 1):
-            alone_s = cost.rows_s(part, rows[half])
+            alone_s, sum_s = cost.rows_s(part, rows[half]), sums_s[1 - half]
             if part.attends:
                 alone_s += attention[part.window][half].seconds(1.0, 0.0)
-            seconds += alone_s if part.gathers else max(alone_s, sums_s[1 - half])
+            seconds += alone_s if part.gathers or alone_s > sum_s else sum_s
     return seconds

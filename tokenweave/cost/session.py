@@ -16,7 +16,9 @@ from tokenweave.cost.tuned import GRAIN, Measurement, Tuned, TunedLimits, TunedS
 
 FIRST_REPEATS = 3  # of the baseline: they show the noise
 LEAST_NOISE, MOST_NOISE = 0.01, 0.3  # relative
-CONFIRMING = 3  # rounds, a plan in turn with the one that it is to replace
+CONFIRMING = 5  # rounds, a plan in turn with the one that it is to replace,
+WIN = 0.99  # which takes at least this share of its time
+DEFAULT_SMS = 4  # after attention and after the MLP, of a weave that nobody chose
 THRESHOLD_STEPS = 16  # where GEMMs have no tiles, a threshold is found to this share of the row count above it
 
 
@@ -81,9 +83,9 @@ class Session:
         return Search(self.belief, cases, MOST_NOISE, self._first(rows), known)
 
     def _first(self, rows: int) -> list[Case]:
-        """Measured in any case: "fused", and what served the nearest stored step."""
+        """Measured in any case: "fused", the plain weave, and what served the nearest stored step."""
         near = self.stored.nearest(rows) if self.stored else None
-        wanted = [Choice("fused"), *([scaled(near.choice, near.rows, rows)] if near else [])]
+        wanted = [Choice("fused"), *self._plain(rows), *([scaled(near.choice, near.rows, rows)] if near else [])]
         possible = self._choices(rows)
         return [(rows, choice) for choice in dict.fromkeys(wanted) if choice in possible]
 
@@ -102,11 +104,25 @@ class Session:
         return [(m.rows, m.choice) for step in stored for m in step.measured]
 
     def _confirmed(self, rows: int, best: Choice) -> TunedStep:
-        """`best`, where it wins in turn with what it is to replace: with "off", and if it is woven with "fused" too."""
+        """Off, fused, the plain weave, the fastest on record and `best`: each where it wins in turn with the best of
+        those before it. What is stored is therefore no slower than any default, up to noise."""
         unsplit = self._faster(rows, Choice("off"), Choice("fused")) if self.cost.world_size > 1 else Choice("off")
-        choice = self._faster(rows, unsplit, best) if best.mode == "weave" else unsplit
+        choice = unsplit
+        for woven in dict.fromkeys([*self._plain(rows), self._on_record(rows), best]):
+            if woven.mode == "weave" and woven != choice:
+                choice = self._faster(rows, choice, woven)
         mine = tuple(m for m in self.measured if m.rows == rows)
         return TunedStep(rows, choice, self._median_s(rows, choice), unsplit.mode, self._median_s(rows, unsplit), mine)
+
+    def _plain(self, rows: int) -> list[Choice]:
+        """The weave in the middle with DEFAULT_SMS, or what is nearest to that; none where nothing can be woven."""
+        woven = [choice for choice in self._choices(rows) if choice.mode == "weave"]
+        return sorted(woven, key=lambda choice: distance_from_plain(choice, rows))[:1]
+
+    def _on_record(self, rows: int) -> Choice:
+        """The fastest in the median of its measurements."""
+        tried = dict.fromkeys(m.choice for m in self.measured if m.rows == rows)
+        return min(tried, key=lambda choice: self._median_s(rows, choice))
 
     # -- limits --------------------------------------------------------------------------------------------------------
 
@@ -135,9 +151,9 @@ class Session:
     # -- measuring -----------------------------------------------------------------------------------------------------
 
     def _faster(self, rows: int, one: Choice, other: Choice) -> Choice:
-        """`other`, if it is faster in the median of rounds, each of both in turn."""
+        """`other`, if it is clearly faster in the median of rounds, each of both in turn."""
         rounds = [(self._take(rows, one), self._take(rows, other)) for _ in range(CONFIRMING)]
-        return other if statistics.median(theirs / ours for ours, theirs in rounds) < 1.0 else one
+        return other if statistics.median(theirs / ours for ours, theirs in rounds) < WIN else one
 
     def _take(self, rows: int, choice: Choice) -> float:
         if self.clock() > self._deadline_s:
@@ -153,6 +169,11 @@ class Session:
 def noise_of(seconds: Sequence[float]) -> float:
     """The relative noise of one measurement, by repeats of one step."""
     return min(MOST_NOISE, max(LEAST_NOISE, statistics.stdev(map(math.log, seconds))))
+
+
+def distance_from_plain(choice: Choice, rows: int) -> tuple[float, int]:
+    cut, sms = choice.cut or 0, (choice.attention_sms or 0, choice.mlp_sms or 0)
+    return abs(cut - rows / 2), sum(abs(count - DEFAULT_SMS) for count in sms)
 
 
 def describe(choice: Choice) -> str:

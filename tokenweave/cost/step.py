@@ -17,14 +17,17 @@ class Step:
         self.attention = {w: BatchAttention(batch, cost.parts.attention(w)) for w in cost.parts.windows}
         self.whole = Work(batch.rows, batch.wanted, {w: sums.whole() for w, sums in self.attention.items()})
         self._woven: dict[int, Woven] = {}
+        self._seconds: dict[Choice, float] = {}
 
     def seconds(self, choice: Choice) -> float:
         """Of the step. An empty batch takes none. Raises ValueError for a cut that leaves a half empty."""
         if self.batch.rows == 0:
             return 0.0
-        woven = choice.mode == "weave"
-        device_s = self.device_s(choice)
-        return self.cost.hardware.step_s + max(device_s, self.cost.host_s(2 if woven else 1))
+        seconds = self._seconds.get(choice)
+        if seconds is None:
+            host_s = self.cost.host_s(2 if choice.mode == "weave" else 1)
+            seconds = self._seconds[choice] = self.cost.hardware.step_s + max(self.device_s(choice), host_s)
+        return seconds
 
     def device_s(self, choice: Choice) -> float:
         """Of the step's kernels, were the host never late."""

@@ -50,12 +50,15 @@ class BatchAttention:
     def __init__(self, batch: Batch, attention: Attention):
         self.batch, self.attention = batch, attention
         known: dict[tuple[int, int], AttentionTime] = {}
-        times = []
+        times: list[AttentionTime] = []
+        before = None
         for chunk in batch.chunks:
-            key = (chunk.tokens, chunk.context)
-            if key not in known:
-                known[key] = attention.chunk(*key)
-            times.append(known[key])
+            if chunk is not before:  # rows that decode often share one
+                key, before = (chunk.tokens, chunk.context), chunk
+                if key not in known:
+                    known[key] = attention.chunk(*key)
+                time = known[key]
+            times.append(time)
         compute_s, memory_s, longest_s = zip(*times) if times else ((), (), ())
         self.compute_s = [0.0, *accumulate(compute_s)]
         self.memory_s = [0.0, *accumulate(memory_s)]

@@ -19,8 +19,7 @@ class Woven:
     def __init__(self, cost: Cost, halves: tuple[Work, Work]):
         self.cost, self.halves = cost, halves
         self._segments: dict[tuple[Part, int], tuple[Segment, float]] = {}
-        self._beside: dict[tuple[Part, int, Part, int], float] = {}
-        self._sums: dict[tuple[int, int], float] = {}
+        self._sums: dict[tuple[int, int], tuple[float, float]] = {}
 
     def best_sms(self, slack: float = 0.0) -> tuple[float, int, int]:
         """(seconds of a round of the core, its most repeated layers; the SM counts that make it least, but for a share
@@ -57,12 +56,12 @@ class Woven:
         ]
         best_s, best_sms = math.inf, 0
         for sms in counts:
-            sums_s = [self._sum_s(1 - half, other, sms) for half, _, other, _ in stages]
-            if sum(map(max, sums_s, (stage[3] for stage in stages))) >= worth * best_s:
+            sums = [self._sum(1 - half, other, sms) for half, _, other, _ in stages]
+            if sum(max(sum_s, stage[3]) for (sum_s, _), stage in zip(sums, stages)) >= worth * best_s:
                 continue  # not even if the sums took nothing from the segments
             seconds = 0.0
-            for (half, part, other, alone_s), sum_s in zip(stages, sums_s):
-                beside_s = self._beside_s(half, part, other, sms)
+            for (half, part, _, alone_s), (sum_s, taken) in zip(stages, sums):
+                beside_s = self._beside_s(half, part, sms, taken)
                 seconds += sum_s if beside_s <= sum_s else sum_s + (1.0 - sum_s / beside_s) * alone_s
             best_s, best_sms = min((best_s, best_sms), (seconds, sms))
         return best_s, best_sms
@@ -74,11 +73,14 @@ class Woven:
 
     def _turn(self, half: int, part: Part, other: Part | None, sms: tuple[int, int]) -> Turn:
         """other: the part of the other half whose request may be in flight."""
-        alone_s, sum_s = self._alone_s(half, part), self._sum_s(half, part, sms[SITES[part.site]])
+        alone_s, (sum_s, _) = self._alone_s(half, part), self._sum(half, part, sms[SITES[part.site]])
         if self.cost.world_size == 1:  # nothing to send: the norm stays on the compute lane
             return alone_s + sum_s, alone_s + sum_s, 0.0
-        beside_s = alone_s if other is None else self._beside_s(half, part, other, sms[SITES[other.site]])
-        return alone_s, beside_s, sum_s
+        if other is None:
+            return alone_s, alone_s, sum_s
+        beside = sms[SITES[other.site]]
+        _, taken = self._sum(1 - half, other, beside)
+        return alone_s, self._beside_s(half, part, beside, taken), sum_s
 
     def _alone_s(self, half: int, part: Part) -> float:
         return self._segment(half, part)[1]
@@ -91,23 +93,19 @@ class Woven:
             known = self._segments[part, half] = segment, segment.seconds(self.cost.hardware.sms)
         return known
 
-    def _beside_s(self, half: int, part: Part, other: Part, sms: int) -> float:
-        """While the other half's request takes `sms` SMs and its share of the memory's bandwidth. Never faster."""
-        key = (part, half, other, sms)
-        seconds = self._beside.get(key)
-        if seconds is None:
-            segment, alone_s = self._segment(half, part)
-            left = max(1, self.cost.hardware.sms - sms)
-            rows = 0 if other.gathers else self.halves[1 - half].going(other)
-            taken = self.cost.taken(rows, self._sum_s(1 - half, other, sms)) if rows else 0.0
-            seconds = self._beside[key] = max(segment.seconds(left, taken), alone_s)
-        return seconds
+    def _beside_s(self, half: int, part: Part, sms: int, taken: float) -> float:
+        """While a request of the other half takes `sms` SMs, and its share of the memory's bandwidth. Never faster."""
+        segment, alone_s = self._segment(half, part)
+        beside_s = segment.seconds(max(1, self.cost.hardware.sms - sms), taken)
+        return beside_s if beside_s > alone_s else alone_s
 
-    def _sum_s(self, half: int, part: Part, sms: int) -> float:
+    def _sum(self, half: int, part: Part, sms: int) -> tuple[float, float]:
+        """(seconds of the request that ends `part`, the share of the memory's bandwidth that it takes meanwhile)."""
         rows = self.halves[half].going(part)
         if part.gathers:
-            return self.cost.request_s(part, rows, "weave", sms)
-        seconds = self._sums.get((rows, sms))  # whatever was computed before it
-        if seconds is None:
-            seconds = self._sums[rows, sms] = self.cost.request_s(part, rows, "weave", sms)
-        return seconds
+            return self.cost.request_s(part, rows, "weave", sms), 0.0
+        known = self._sums.get((rows, sms))  # whatever was computed before it
+        if known is None:
+            seconds = self.cost.request_s(part, rows, "weave", sms)
+            known = self._sums[rows, sms] = seconds, self.cost.taken(rows, seconds) if rows else 0.0
+        return known

@@ -47,14 +47,16 @@ class Stepper:
         """Of one step of a prompt of so many rows: forward and sampling, on rank 0's clock. The first of a kind warms
         up what is allocated or compiled then, and runs twice. Uses the cache's first blocks."""
         rows, choice = case
+        plan = plan_of(choice, rows)
         if (rows, choice.mode) not in self._warm:
             self._warm.add((rows, choice.mode))
-            self._run(rows, choice)
-        return self._run(rows, choice)
+            self.plan_seconds(plan)
+        return self.plan_seconds(plan)
 
-    def _run(self, rows: int, choice: Choice) -> float:
+    def plan_seconds(self, plan: Plan) -> float:
+        """The same under any plan, without a run to warm up."""
         ranks, runner = self.rank.ranks, self.rank.runner
-        step = Step(runner.blank_batch(rows), plan_of(choice, rows), (SamplingRow(),))
+        step = Step(runner.blank_batch(plan.rows), plan, (SamplingRow(),))
         ranks.send(step)
         start_s = time.perf_counter()
         run_step(runner, step)

@@ -102,7 +102,7 @@ class Geometry:
         """How many of its vectors a thread has in flight, each with one load for each source; divides `vectors`."""
         if self.ahead:
             return self.ahead
-        vectors, loads = self.vectors(variant), -(-BYTES_IN_FLIGHT // 16 // self.threads)
+        vectors, loads = self.vectors(variant), -(-bytes_wanted(variant) // 16 // self.threads)
         least = -(-loads // variant.sources)
         return next((n for n in range(1, vectors) if vectors % n == 0 and n >= least), vectors)
 
@@ -147,10 +147,16 @@ def geometry(variant: Variant, shared_bytes: int = 227 << 10) -> Geometry:
         raise ValueError(f"{variant} does not fit into {shared_bytes} bytes of shared memory; use comm='sharded'")
 
     def merit(each: Geometry) -> tuple[int, ...]:
-        in_flight = min(each.bytes_in_flight(variant), BYTES_IN_FLIGHT)
+        in_flight = min(each.bytes_in_flight(variant), bytes_wanted(variant))
         return in_flight, min(each.rows_per_block, GROUPS), each.threads, -each.vectors(variant), -each.ahead
 
     return max(fitting, key=merit)
+
+
+def bytes_wanted(variant: Variant) -> int:
+    """In flight, of a block. Two and four peers' values need not be so many times the switch's, and shared memory, where
+    they arrive, has room for twice as much; with more peers ptxas would spill."""
+    return BYTES_IN_FLIGHT * (2 if variant.sum != "multimem" and variant.world_size in (2, 4) else 1)
 
 
 def divisors(number: int) -> list[int]:
