@@ -88,6 +88,6 @@ def test_it_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(throughput, "WAYS", (("multimem", 8), ("two_shot", 2)))
     throughput.main(["--json", "--output", str(tmp_path)])
     found = json.loads(capsys.readouterr().out)
-    assert [kernel["bytes_in_flight"] for kernel in found] == [64 << 10, 64 << 10]
+    assert [kernel["bytes_in_flight"] for kernel in found] == [64 << 10, 128 << 10]
     assert all(kernel["registers"] <= 255 and kernel["blocks_per_sm"] >= 1 for kernel in found)
     assert "Predictions, not measurements" in (tmp_path / throughput.REPORT).read_text()

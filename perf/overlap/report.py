@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -191,7 +192,22 @@ def traced(point: Point, result: dict[str, Any], folder: Path) -> Iterator[str]:
         lines.append([mode, *(f"{seconds * 1e3:.1f}" for seconds in times)])
     yield markdown(["whole step, mean rank, ms", "compute", "communication", "hidden", "exposed", "idle"], lines)
     if result.get("strands"):
-        yield scheduled(Strands(**result["strands"]))
+        strands = Strands(**result["strands"])
+        beside_s = in_flight_s([Span(*fields) for fields in result["spans"]["weave"]])
+        yield f"{scheduled(strands)} {of_a_sum(strands.sums_s[0][0], beside_s)}"
+
+
+def in_flight_s(spans: Sequence[Span]) -> float:
+    """The median of a woven step's largest sums, each from when all ranks were in it."""
+    sums = [span for span in overlap.in_flight(spans) if span.kind == "sum"]
+    most = max(span.tokens for span in sums)
+    return statistics.median((span.end_ns - span.start_ns) / 1e9 for span in sums if span.tokens == most)
+
+
+def of_a_sum(line_s: float, beside_s: float) -> str:
+    return (
+        f"A half's sum takes {line_s * 1e3:.1f} ms at line rate, and {beside_s * 1e3:.1f} ms beside compute (median)."
+    )
 
 
 def scheduled(strands: Strands) -> str:
@@ -203,7 +219,8 @@ def scheduled(strands: Strands) -> str:
     )
     return (
         f"With segments at their fastest when nothing is sent ({compute_ms} in all, not split), sums at line rate "
-        f"({sums_ms}) and no CPU time for sending, the weave's order of work takes {woven_ms}{share}. What weave takes beyond that is gloo, threads and the kernel."
+        f"({sums_ms}) and no CPU time for sending, the weave's order of work takes {woven_ms}{share}. "
+        "What weave takes beyond that is gloo, threads and the operating system."
     )
 
 

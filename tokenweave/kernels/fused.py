@@ -154,9 +154,9 @@ def geometry(variant: Variant, shared_bytes: int = 227 << 10) -> Geometry:
 
 
 def bytes_wanted(variant: Variant) -> int:
-    """In flight, of a block. Two and four peers' values need not be so many times the switch's, and shared memory, where
-    they arrive, has room for twice as much; with more peers ptxas would spill."""
-    return BYTES_IN_FLIGHT * (2 if variant.sum != "multimem" and variant.world_size in (2, 4) else 1)
+    """In flight, of a block. Two peers' values arrive in shared memory, which has room for twice as many; with more peers
+    ptxas would spill."""
+    return BYTES_IN_FLIGHT * (2 if variant.sum != "multimem" and variant.world_size == 2 else 1)
 
 
 def divisors(number: int) -> list[int]:

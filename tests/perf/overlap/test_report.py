@@ -72,6 +72,7 @@ def test_the_report_embeds_every_plot_and_says_where_it_was_made(folder):
     assert "simulated" not in text
     assert "| weave | 175.0 (175.0-175.0) | 350.0 (350.0-350.0) |" in text
     assert "order of work takes 500.0 ms: 75% of what can be hidden" in text
+    assert "A half's sum takes 100.0 ms at line rate, and 0.8 ms beside compute (median)." in text
     assert "not quiet" not in text
     assert "| off | 10.0 | 200.0 |" in text
     assert "`auto` chose weave at 512, weave at 1024." in text
