@@ -154,9 +154,10 @@ def geometry(variant: Variant, shared_bytes: int = 227 << 10) -> Geometry:
 
 
 def bytes_wanted(variant: Variant) -> int:
-    """In flight, of a block. Two peers' values arrive in shared memory, which has room for twice as many; with more peers
-    ptxas would spill."""
-    return BYTES_IN_FLIGHT * (2 if variant.sum != "multimem" and variant.world_size == 2 else 1)
+    """In flight, of a block. Two peers' values arrive in shared memory, which has room for twice as many; with more
+    peers, or in fp32, ptxas would spill."""
+    twice = variant.sum != "multimem" and variant.world_size == 2 and variant.dtype.itemsize == 2
+    return BYTES_IN_FLIGHT * (2 if twice else 1)
 
 
 def divisors(number: int) -> list[int]:
