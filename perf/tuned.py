@@ -16,9 +16,10 @@ from perf.shapes import SHAPES, model_folder
 from perf.timing import compare, machine, table
 from tokenweave.comm.link import Link
 from tokenweave.config import EngineConfig
+from tokenweave.cost.planner import plan_of
 from tokenweave.cost.session import Session, describe
 from tokenweave.engine.at_hand import cost_of
-from tokenweave.engine.stepper import Stepper, plan_of
+from tokenweave.engine.stepper import Stepper
 from tokenweave.weave.plan import Plan, plan_step
 
 REPORT = Path(__file__).parent / "results" / "tuned-cpu.md"
@@ -35,7 +36,7 @@ def measure(stepper: Stepper, options: argparse.Namespace) -> str:
         options.budget,
     )
     (step,), _ = session.run()
-    tuned = plan_of(step.choice, options.rows)
+    tuned = plan_of(step.choice, options.rows, "tuned")
     ours, theirs = [], []
     for _ in range(options.rounds):
         theirs.append(stepper.plan_seconds(auto))

@@ -1,6 +1,9 @@
 """Options, markers and fixtures of all tests. How to use them: ranks.py, checkpoints.py, reference.py."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +20,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: part of the full product of settings, runs only with --full")
+    # What was calibrated, tuned or compiled on this machine is no business of tests. Ranks inherit it.
+    os.environ["TOKENWEAVE_CACHE"] = tempfile.mkdtemp(prefix="tokenweave-tests-")
+    atexit.register(shutil.rmtree, os.environ["TOKENWEAVE_CACHE"], ignore_errors=True)
     torch.set_num_threads(1)  # tests are too small to gain from more, and lose much where threads wait for a busy core
 
 

@@ -18,11 +18,10 @@ from tokenweave.cli import main
 from tokenweave.comm.link import Link
 from tokenweave.config import EngineConfig
 from tokenweave.cost import calibrate as calibrate_module
-from tokenweave.cost.choice import Choice
 from tokenweave.cost.hardware import find_hardware
 from tokenweave.cost.machine import hardware_key
 from tokenweave.engine.at_hand import tuned_plans
-from tokenweave.engine.stepper import Stepper, plan_of
+from tokenweave.engine.stepper import Stepper
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 120
@@ -155,14 +154,6 @@ def test_a_broken_plan_is_refused_by_name(command):
     assert str(path) in err
     assert "delete it, or run `tokenweave tune` again" in err
     assert err.count("\n") == 1
-
-
-def test_a_choice_becomes_a_plan():
-    plan = plan_of(Choice("weave", 48, 2, 8), 64)
-    assert (plan.bounds, plan.form, plan.sms) == ([(0, 48), (48, 64)], "sharded", {"attn": 2, "mlp": 8})
-    assert [plan_of(Choice(mode), 64).form for mode in ("off", "fused")] == ["reference", "sharded"]
-    with pytest.raises(ValueError, match="can be predicted, not run"):
-        plan_of(Choice("nocomm"), 64)
 
 
 # -- calibrate ---------------------------------------------------------------------------------------------------------

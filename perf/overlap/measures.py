@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -37,14 +38,18 @@ def compare(bench: Bench, batch: Batch, rounds: int, peers: dict[str, Callable[[
     }
     contestants |= bench.communication_alone(batch)
     contestants |= peers
-    timed = {name: partial(discard, run) for name, run in contestants.items()}
+    cpu_s: dict[str, list[float]] = {name: [] for name in contestants}
+    timed = {name: partial(clocked, run, cpu_s[name]) for name, run in contestants.items()}
     seconds = slowest(bench.rank.ranks.gather(interleaved(timed, rounds)))
-    return {"seconds": seconds, "auto_chose": mode_of(plans["auto"]), "missing": bench.missing}
+    used = slowest(bench.rank.ranks.gather({name: values[-rounds:] for name, values in cpu_s.items()}))
+    return {"seconds": seconds, "cpu_s": used, "auto_chose": mode_of(plans["auto"]), "missing": bench.missing}
 
 
-def discard(run: Callable[[], Any]) -> None:
-    """Only the time it takes is wanted."""
+def clocked(run: Callable[[], Any], cpu_s: list[float]) -> None:
+    """Run it, and note the CPU time that all threads of this rank took for it, in the kernel as well."""
+    start_s = time.process_time()
     run()
+    cpu_s.append(time.process_time() - start_s)
 
 
 def slowest(by_rank: list[dict[str, list[float]]]) -> dict[str, list[float]]:

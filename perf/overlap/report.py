@@ -40,7 +40,7 @@ TERMS = (
 )
 FIGURES = {"latency": (1e3, ".1f", "ms"), "gain over off": (1.0, ".2f", "x"), "exposed": (1e3, ".1f", "ms")}
 QUIET = 1.25  # largest / least
-FIGURES["hidden share"] = (100.0, ".0f", "%")
+FIGURES |= {"hidden share": (100.0, ".0f", "%"), "CPU of a rank": (1e3, ".1f", "ms")}
 
 
 def write_report(results: Results, about: dict[str, Any], folder: Path) -> str:

@@ -49,6 +49,8 @@ def rows_of(point: Point, result: dict[str, Any]) -> Iterator[Row]:
                 yield Row(point, mode, "exposed", "s", exposed)
             if mode not in BOUNDS and (hidden := figures.hidden(seconds, mode)) is not None:
                 yield Row(point, mode, "hidden share", "", hidden)
+        for mode, values in result.get("cpu_s", {}).items():
+            yield Row(point, mode, "CPU of a rank", "s", figures.spread(values))
     if point.measure == "mix":
         for mode, values_by_figure in result["figures"].items():
             for name, values in values_by_figure.items():

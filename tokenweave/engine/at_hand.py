@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tokenweave.cost.cost import Cost
 from tokenweave.cost.machine import hardware_at_hand, hardware_key, with_link
 from tokenweave.cost.shape import ModelShape, shape_of_spec
@@ -17,6 +19,8 @@ def cost_of(runner: Runner) -> Cost:
     ranks, link = runner.ranks, runner.config.link
     hardware = hardware_at_hand(ranks.device)
     hardware = hardware if link is None else with_link(hardware, link, ranks.world_size)
+    if runner.communicator.choice.implementation != "multimem":
+        hardware = replace(hardware, multicast=False)
     return Cost(shape_of(runner), hardware, ranks.world_size)
 
 

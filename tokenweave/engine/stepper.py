@@ -7,6 +7,7 @@ import time
 from tokenweave.comm.group import leave_default_group
 from tokenweave.config import EngineConfig
 from tokenweave.cost.choice import Choice
+from tokenweave.cost.planner import plan_of
 from tokenweave.engine.engine import Step, follow, run_step
 from tokenweave.engine.messages import Done, finish_call
 from tokenweave.engine.rank import open_rank
@@ -47,7 +48,7 @@ class Stepper:
         """Of one step of a prompt of so many rows: forward and sampling, on rank 0's clock. The first of a kind warms
         up what is allocated or compiled then, and runs twice. Uses the cache's first blocks."""
         rows, choice = case
-        plan = plan_of(choice, rows)
+        plan = plan_of(choice, rows, "tuning")
         if (rows, choice.mode) not in self._warm:
             self._warm.add((rows, choice.mode))
             self.plan_seconds(plan)
@@ -82,14 +83,3 @@ class Stepper:
         if self._workers is not None:
             self._workers.stop(force=force)
             leave_default_group()
-
-
-def plan_of(choice: Choice, rows: int) -> Plan:
-    """The plan that runs a choice. Raises ValueError for "nocomm", which computes nothing of use."""
-    if choice.mode == "nocomm":
-        raise ValueError("mode 'nocomm' leaves the sums out; it can be predicted, not run")
-    if choice.mode != "weave":
-        return Plan(rows, None, "reference" if choice.mode == "off" else "sharded", "tuning")
-    assert choice.attention_sms is not None
-    assert choice.mlp_sms is not None
-    return Plan(rows, choice.cut, "sharded", "tuning", choice.attention_sms, choice.mlp_sms)

@@ -24,6 +24,7 @@ def compared(scale: float, weave: float = 0.35) -> dict:
     seconds = own | {"transformers TP": 0.7}
     return {
         "seconds": {name: [scale * value] * 2 for name, value in seconds.items()},
+        "cpu_s": {name: [scale * 0.3, scale * 0.31] for name in own},
         "auto_chose": "weave",
         "missing": {"another peer": "it is not installed"},
     }
@@ -70,6 +71,7 @@ def test_the_report_embeds_every_plot_and_says_where_it_was_made(folder):
     for fact in ("Some CPU", "torch 2.13.0", "abc1234", "tc tbf", "the command", "another peer (it is not installed)"):
         assert fact in text
     assert "simulated" not in text
+    assert "| weave | 152.5 (150.0-155.0) | 305.0 (300.0-310.0) |" in text
     assert "| weave | 175.0 (175.0-175.0) | 350.0 (350.0-350.0) |" in text
     assert "order of work takes 500.0 ms: 75% of what can be hidden" in text
     assert "A half's sum takes 100.0 ms at line rate, and 0.8 ms beside compute (median)." in text

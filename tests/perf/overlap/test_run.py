@@ -76,6 +76,7 @@ def check_results(results: dict) -> None:
     controls = {"communication alone", "off, sleeps only", "weave, sleeps only"}
     for measure in ("prefill", "decode"):
         seconds = by_measure[measure]["seconds"]
+        assert by_measure[measure]["cpu_s"].keys() == seconds.keys()
         assert seconds.keys() == MODES.keys() | controls
         assert all(0 < value < 60 for values in seconds.values() for value in values)
     assert goals.PEER in by_measure["prefill"]["missing"]

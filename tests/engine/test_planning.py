@@ -1,0 +1,54 @@
+"""The planner that a rank opens: what was tuned or calibrated on this machine is picked up by itself."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from tests.checkpoints import prompt_batch
+from tests.runtime import watched_generate
+from tokenweave import LLM, SamplingParams
+from tokenweave.comm.link import Link
+from tokenweave.cost.choice import Choice
+from tokenweave.cost.machine import calibration_path
+from tokenweave.cost.tuned import Store, TunedStep
+from tokenweave.engine.at_hand import key_of
+from tokenweave.weave.plan import Plan
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+PROMPTS = prompt_batch(0, (40,))
+OPTIONS = {"dtype": "float32", "num_kv_blocks": 64, "device": "cpu", "link": Link(1e9)}
+
+
+def generate_as_tuned(folder: Path, cache: Path) -> list[Plan]:
+    with mock.patch.dict(os.environ, TOKENWEAVE_CACHE=str(cache)):
+        with LLM(folder, progress=False, overlap="off", **OPTIONS) as llm:
+            if llm._ranks.rank == 0:
+                Store().write_step(key_of(llm._runner), TunedStep(40, Choice("weave", 13, 2, 8), 1.0, "off", 2.0))
+        return watched_generate(folder, PROMPTS, GREEDY, OPTIONS | {"overlap": "auto"}).plans
+
+
+def test_a_tuned_plan_is_run(ranks, checkpoint, tmp_path):
+    for plans in ranks(2).run(generate_as_tuned, checkpoint("llama"), tmp_path):
+        assert plans[0] == Plan(40, 13, "sharded", "tuned on this machine for about 40 rows", 2, 8)
+        assert plans[-1].cut is None  # one row, for which nothing was tuned
+
+
+def start_with_a_broken_calibration(folder: Path, cache: Path) -> str:
+    refused = r"cannot be used: .*; delete it, or run `tokenweave calibrate` again"
+    with mock.patch.dict(os.environ, TOKENWEAVE_CACHE=str(cache)):
+        path = calibration_path(torch.device("cpu"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{")
+        with pytest.raises(ValueError, match=refused) as caught:
+            LLM(folder, progress=False, overlap="auto", **OPTIONS)
+    return str(caught.value)
+
+
+def test_a_broken_calibration_is_refused_by_name_on_every_rank(ranks, checkpoint, tmp_path):
+    for said in ranks(2).run(start_with_a_broken_calibration, checkpoint("llama"), tmp_path):
+        assert str(tmp_path / "calibration") in said
