@@ -45,7 +45,10 @@ earlier one was ended; what other code or another machine measured is measured a
 
 def parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser("python -m perf.overlap", description=ABOUT, epilog=EXAMPLES, formatter_class=form)
+    name = "python -m perf.overlap"
+    p = argparse.ArgumentParser(
+        name, usage=f"{name} [options]", description=ABOUT, epilog=EXAMPLES, formatter_class=form
+    )
     p.add_argument("--link", choices=LINKS, help="default: real, and none with --device cuda or one rank")
     p.add_argument("--mbit", type=positive, nargs="+", metavar="N", help="link speeds, Mbit/s (default: 1000 500)")
     p.add_argument("--shapes", choices=SHAPES, nargs="+", help="default: llama-512x8 llama-1024x8")
