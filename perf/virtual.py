@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Sequence
 from itertools import accumulate
@@ -37,7 +38,7 @@ class VirtualRanks:
         self.device = device
         self.memory = torch.empty(world_size, layout.total_bytes, dtype=torch.uint8, device=device)
         self.reports = torch.zeros(world_size, ctypes.sizeof(Report), dtype=torch.uint8, pin_memory=True)
-        self.launcher = Launcher(device, lambda: None)
+        self.launcher = Launcher(device, lambda task: contextlib.nullcontext())
         self.wirings = [self._wiring(rank, timeout_s) for rank in range(world_size)]
         self.partial = [self._of_all_ranks(layout.partial(half)) for half in range(HALVES)]
         self.hidden = [self._of_all_ranks(layout.hidden(half)) for half in range(HALVES)]

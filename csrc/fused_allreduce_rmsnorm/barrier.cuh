@@ -71,7 +71,7 @@ class Meeting {
       if (arrived && compare && static_cast<u32>(seen) != tag) return give_up(MISMATCH, peer, expected, seen);
       if (arrived) return true;
       if (aborted()) return false;
-      if (ptx::now_ns() - start_ns > place.timeout_ns) return give_up(TIMEOUT, peer, expected, seen);
+      if (static_cast<i64>(ptx::now_ns() - start_ns) > static_cast<i64>(place.timeout_ns)) return give_up(TIMEOUT, peer, expected, seen);
       ptx::pause();
     }
   }

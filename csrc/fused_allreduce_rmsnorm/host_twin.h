@@ -22,6 +22,7 @@
 
 using u32 = std::uint32_t;
 using u64 = std::uint64_t;
+using i64 = std::int64_t;
 
 struct alignas(16) Vec {
   u32 word[4];

@@ -5,7 +5,8 @@
 //   residual = residual + total                      RESIDUAL; else total
 //   hidden   = norm(residual) or residual            NORM
 //
-// and then hidden is written to every rank. Sums and norms are fp32; what is stored is rounded once.
+// and then hidden is written to every rank. Sums and norms are fp32. Rounded is what is stored, what the switch has added,
+// and a total before its post_norm; a norm takes its mean square from the values before they are rounded.
 //
 // A row belongs to a group of warps, and a block holds several groups, so that no step of a row stops the whole block.
 // Loads are always in flight: as soon as a thread has consumed one vector of its row it issues the loads of the vector

@@ -10,6 +10,7 @@
 
 using u32 = unsigned int;
 using u64 = unsigned long long;
+using i64 = long long;
 
 struct alignas(16) Vec {
   u32 word[4];

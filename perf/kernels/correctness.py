@@ -73,7 +73,7 @@ def check(ours: Ours, cases: Sequence[Case], problem: Problem, ranks: Ranks, don
     for case in cases:
         if case.rows <= ours.most_rows:
             results = outcome(ours, case, problem, ranks.rank)
-            ours.communicator.check()
+            ours.communicator.finish()
             fault = wrong(results, expected(case, problem, ranks.world_size), TOLERANCE[problem.dtype])
             if found := verdict(ranks.gather((digest(results), fault))):
                 what = f"{ours.name}, {problem.dtype} x {problem.hidden_size}, {case}"

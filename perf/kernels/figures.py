@@ -89,7 +89,7 @@ class Sweep:
                 measured.blocks[rows][key(ours.name, column)] = ours.kernels.blocks if ours.kernels else 0
         measured.times[rows] = measure(contestants, self.timer, self.rounds, self.bench.ranks)
         for ours in self.ours:
-            ours.communicator.check()
+            ours.communicator.finish()
 
 
 def cta_counts(rows: int, world_size: int, most_sms: int) -> dict[str, int]:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from perf.kernels.problem import Problem
-from tokenweave.comm.choice import facts_of, no_multimem, no_peer
+from tokenweave.comm.choice import Choice, facts_of, no_multimem, no_peer
 from tokenweave.comm.communicator import Channel, Communicator
 from tokenweave.comm.fused import FusedCommunicator, Kernels, Wiring
 from tokenweave.comm.group import Ranks
 from tokenweave.comm.transport import CollectiveTransport, GlooTransport, Transport
-from tokenweave.engine.communication import wire
+from tokenweave.engine.communication import open_fused
 from tokenweave.kernels.fused import Geometry, Launch, Variant
 from tokenweave.weave.lanes import InlineLane
 
@@ -81,23 +81,14 @@ def on_gpus(ranks: Ranks, problem: Problem) -> Opened:
     if obstacle := no_peer(facts, problem.dtype, problem.hidden_size):
         raise ValueError(f"the fused kernel cannot run on these ranks: {obstacle}; --dry-run needs no GPU")
     no_switch = no_multimem(facts, problem.dtype, problem.hidden_size)
-    try:
-        wiring = wired("peer" if no_switch else "multimem", ranks, problem)
-    except RuntimeError as error:
-        if no_switch:
-            raise
-        no_switch = str(error)  # the GPUs can, but this machine gives no address; it is listed as missing
-        wiring = wired("peer", ranks, problem)
     transport = plain_transport(ranks)
+    hoped = Choice("peer" if no_switch else "multimem", "")
+    communicator, choice = open_fused("auto", hoped, facts, ranks, transport, problem.layout)
+    if choice.implementation == "peer" and not no_switch:
+        no_switch = choice.reason  # the GPUs can, but this machine gives no address; it is listed as missing
+    wiring = communicator.wiring
     usable = [over(name, transport, wiring) for name in KERNELS if name != MULTIMEM or not no_switch]
     return Opened(usable, {MULTIMEM: no_switch} if no_switch else {})
-
-
-def wired(implementation: str, ranks: Ranks, problem: Problem) -> Wiring:
-    with ranks.together("opening symmetric memory"):
-        wiring = wire(implementation, ranks, problem.layout)
-    ranks.gather(None)  # no launch before every rank's signals are zero
-    return wiring
 
 
 def on_cpus(ranks: Ranks, problem: Problem, folder: Path) -> Opened:

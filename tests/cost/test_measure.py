@@ -47,6 +47,9 @@ class FakeRunner:
         assert plan.rows == batch
         self.plans.append(plan)
 
+    def check(self) -> None:
+        pass
+
     def synchronize(self) -> None: ...
 
 

@@ -70,7 +70,7 @@ def no_peer(facts: list[Facts], dtype: torch.dtype, hidden_size: int) -> str:
     for rank, each in enumerate(facts):
         for peer, other in enumerate(facts):
             if each.uuid != other.uuid and other.uuid not in each.reachable:
-                return f"the GPU of rank {rank} cannot address that of rank {peer} (no P2P)"
+                return f"the GPU of rank {rank} cannot address that of rank {peer} (no P2P, or hidden from its process)"
     return why_not(dtype, hidden_size, len(facts)) or ""
 
 
@@ -109,7 +109,7 @@ def facts_of(device: torch.device) -> Facts:
             for index in others
             if torch.cuda.can_device_access_peer(device.index, index)
         ),
-        missing=missing_compiler(),
+        missing=missing_compiler((properties.major, properties.minor)),
     )
 
 
@@ -120,14 +120,22 @@ def has_multicast(device: torch.device) -> bool:
     return bool(_SymmetricMemory.has_multicast_support(DeviceType.CUDA, device.index))
 
 
-def missing_compiler() -> str:
-    """What is missing to compile the kernel at first use; "" if nothing is."""
+def missing_compiler(capability: tuple[int, int]) -> str:
+    """What is missing to compile the kernel at first use, and to load it; "" if nothing is."""
     if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
         return "cuda-python is not installed: pip install tokenweave[cuda]"
-    from tokenweave.kernels.compiler import CompilerMissing, nvrtc_version
+    from tokenweave.kernels.compiler import (
+        CompileError,
+        CompilerMissing,
+        arch_of,
+        check_arch,
+        nvrtc_archs,
+        nvrtc_version,
+    )
+    from tokenweave.kernels.driver import DriverError, driver_refusal, driver_version, open_driver
 
     try:
-        nvrtc_version()
-    except CompilerMissing as error:
+        check_arch(arch_of(capability), nvrtc_archs(), nvrtc_version())
+        return driver_refusal(nvrtc_version(), driver_version(open_driver())) or ""
+    except (CompilerMissing, CompileError, DriverError) as error:
         return str(error)
-    return ""

@@ -146,7 +146,6 @@ class Communicator:
     """Opens channels: one per half and step. `form` is chosen at `open` and fixed for the strand's life."""
 
     choice = Choice("sharded", "nothing was chosen")  # what forms the sums of "fused" and "weave", and why
-    can_give_up = False  # whether `check` may find that a launch did
 
     def __init__(
         self, transport: Transport, rank: int, max_rows: int, hidden_size: int, dtype: torch.dtype, device: Any
@@ -162,5 +161,5 @@ class Communicator:
             self._halves.append(self._make())
         return FORMS[form](rows, half, self._halves[half], self.transport, lane, self.rank)
 
-    def check(self) -> None:
-        """Raises PeerError if a sum that is done gave up on a rank."""
+    def finish(self) -> None:
+        """Wait, where launches may give up on a rank, for all that is queued. Raises PeerError if one did."""

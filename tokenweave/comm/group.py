@@ -171,7 +171,9 @@ def join(device: torch.device, timeout_s: float, meeting: Rendezvous | None = No
         enter_default_group(timeout, meeting)
     control = dist.new_group(backend="gloo", timeout=timeout)
     agree_on_device(device, control)
-    comm = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    # NCCL's watchdog ends the process: the fused kernel's own bound, which names the peer, comes first.
+    backend, bound = ("nccl", 2 * timeout) if device.type == "cuda" else ("gloo", timeout)
+    comm = dist.new_group(backend=backend, timeout=bound)
     return Ranks(dist.get_rank(), dist.get_world_size(), device, timeout_s, control, comm)
 
 

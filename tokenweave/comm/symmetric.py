@@ -73,14 +73,19 @@ def aligned(size_bytes: int) -> int:
     return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def open_symmetric(size_bytes: int, ranks: Ranks) -> SymmetricMemory:
-    """Collective: allocate on every rank, and exchange addresses. Raises RuntimeError where torch cannot."""
+def allocate(size_bytes: int, device: torch.device) -> Tensor:
+    """This rank's part, uint8 [size_bytes]. Raises RuntimeError where torch cannot."""
     from torch._C._distributed_c10d import _SymmetricMemory  # private, as all of torch's symmetric memory is
+
+    # Not _symmetric_memory.empty: in newer torch it takes from a pool, and what it gives may start inside an
+    # allocation. Then buffer_ptrs are those of the allocation, and whether multicast_ptr is depends on the version.
+    return _SymmetricMemory.empty_strided_p2p((size_bytes,), (1,), torch.uint8, device)
+
+
+def exchange(local: Tensor, ranks: Ranks) -> SymmetricMemory:
+    """Collective: the addresses of every rank's part, all of one size. Raises RuntimeError where torch cannot."""
     from torch.distributed import _symmetric_memory as symmetric
 
-    # Not symmetric.empty: in newer torch it takes from a pool, and what it gives may start inside an allocation. Then
-    # buffer_ptrs are those of the allocation, and whether multicast_ptr is depends on the version.
-    local = _SymmetricMemory.empty_strided_p2p((size_bytes,), (1,), torch.uint8, ranks.device)
     handle = symmetric.rendezvous(local, ranks.control.group_name)
     offset = int(getattr(handle, "offset", 0))
     if offset:

@@ -33,9 +33,8 @@ class Step:
 def run_step(runner: Runner, step: Step) -> Sampled:
     """The same on every rank: forward, then draw from the gathered logits, which gives every rank the same tokens."""
     logits = runner.forward(step.batch, step.plan)
-    sampled = sample(logits, step.rows)
     runner.check()
-    return sampled
+    return sample(logits, step.rows)
 
 
 class Engine:

@@ -60,6 +60,7 @@ def load_rank(config: EngineConfig, ranks: Ranks, observers: tuple[Observer, ...
         hf_config = read_config(folder)
         runner = Runner(config, ranks, folder, hf_config, observers)
     try:
+        runner.connect()
         with ranks.together("allocating the KV cache"):
             runner.allocate()
         # Not `together`, which would wait for ranks in mid-step: these see the connections of one that failed end.

@@ -54,9 +54,14 @@ class Runner:
         self.model = Decoder(self.spec, hf_config, self.max_model_len, place)
         self._load(Checkpoint(folder))
         self.transport = open_transport(config, ranks)
-        self.communicator = open_communicator(config, ranks, self.transport, self.dtype, self.spec.hidden_size)
         self.inline = InlineLane(watching)
         self.lane = open_lane(ranks.device, ranks.timeout_s, watching)
+
+    def connect(self) -> None:
+        """Open what forms the sums. Collective, so not a part of building, which may fail on one rank alone."""
+        self.communicator = open_communicator(
+            self.config, self.ranks, self.transport, self.dtype, self.spec.hidden_size
+        )
 
     @torch.inference_mode()
     def forward(self, batch: Batch, plan: Plan) -> Tensor:
@@ -80,10 +85,8 @@ class Runner:
         return Batch((Span((0,) * rows, 0, blocks, prompt_len=rows, wanted=1),))
 
     def check(self) -> None:
-        """Raises PeerError if a sum of the last step gave up on a rank: what it left behind is of no use."""
-        if self.communicator.can_give_up:
-            self.synchronize()
-            self.communicator.check()
+        """Raises PeerError if a sum of the last step gives up on a rank: what it leaves behind is of no use."""
+        self.communicator.finish()
 
     def synchronize(self) -> None:
         """Wait until everything that was queued is done."""

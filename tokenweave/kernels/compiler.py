@@ -35,10 +35,15 @@ def nvrtc_version() -> tuple[int, int]:
     return major, minor
 
 
+def nvrtc_archs() -> list[int]:
+    """The archs that this NVRTC compiles for, such as 90 for sm_90 and sm_90a. Raises CompilerMissing."""
+    return list(call(load_nvrtc().nvrtcGetSupportedArchs))
+
+
 def compile_cubin(source: str, arch: str, include: Path | None, options: tuple[str, ...] = ()) -> bytes:
     """Compiles, whatever the cache holds. Arguments and errors as for jit.cubin."""
     nvrtc = load_nvrtc()
-    check_arch(arch, call(nvrtc.nvrtcGetSupportedArchs), nvrtc_version())
+    check_arch(arch, nvrtc_archs(), nvrtc_version())
     include_path = [f"--include-path={include}"] if include else []
     flags = [f"--gpu-architecture={arch}", *include_path, *options]
     program = call(nvrtc.nvrtcCreateProgram, source.encode(), b"kernel.cu", 0, None, None)

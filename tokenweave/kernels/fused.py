@@ -143,6 +143,8 @@ def geometry(variant: Variant, shared_bytes: int = 227 << 10) -> Geometry:
     blocks = [Geometry(width, rows) for width in widths for rows in range(1, BLOCK_THREADS // width + 1)]
     candidates = [replace(each, ahead=n) for each in blocks for n in divisors(each.vectors(variant))]
     fitting = [each for each in candidates if each.fits(variant, shared_bytes)]
+    if not fitting:  # wide rows with all that can be added to them: better some spills than nothing
+        fitting = [each for each in candidates if each.shared_bytes(variant) <= shared_bytes]
     if not fitting:
         raise ValueError(f"{variant} does not fit into {shared_bytes} bytes of shared memory; use comm='sharded'")
 

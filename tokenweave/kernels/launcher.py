@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -13,15 +13,24 @@ from tokenweave.kernels.jit import arch_of, cubin
 
 
 class Launcher:
-    """meet: comes back once every rank has called it. It follows each compilation, so that no rank's kernel waits, with
-    its clock running, for a rank that still compiles."""
+    """together: Ranks.together. All ranks compile a variant at the same time, and go on when all have: no rank's kernel
+    waits, with its clock running, for one that still compiles, and a failure of one is every rank's.
 
-    def __init__(self, device: torch.device, meet: Callable[[], Any]):
+    shared_bytes: what a block may have on every rank's GPU, so that all divide a block alike; None: on this one.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        together: Callable[[str], AbstractContextManager[None]],
+        shared_bytes: int | None = None,
+    ):
         capability = torch.cuda.get_device_capability(device)
         self.device = device
         self.arch = arch_of(capability)
-        self.shared_bytes = shared_bytes_of(capability)
-        self.meet = meet
+        self.sms = torch.cuda.get_device_properties(device).multi_processor_count
+        self.shared_bytes = shared_bytes_of(capability) if shared_bytes is None else shared_bytes
+        self.together = together
         self._functions: dict[Variant, Function] = {}
 
     def geometry(self, variant: Variant) -> Geometry:
@@ -33,6 +42,8 @@ class Launcher:
         virtual_ranks: this one GPU plays so many ranks, from launch.place.rank on, each by `num_sms` blocks and with a
         residual and a report of its own. Refused unless all blocks, which wait for each other, are resident at a time.
         """
+        if not 1 <= num_sms <= self.sms:
+            raise ValueError(f"num_sms must be 1 to {self.sms}, the SMs of this GPU, got {num_sms}")
         function = self._functions.get(variant) or self.load(variant)
         layout = self.geometry(variant)
         stream = torch.cuda.current_stream(self.device).cuda_stream
@@ -44,7 +55,7 @@ class Launcher:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"a CUDA graph cannot capture the first use of {variant}; run it once before")
         layout = self.geometry(variant)
-        binary = cubin(source(variant, layout), self.arch, headers())
-        self._functions[variant] = function = Function(binary, NAME, layout.shared_bytes(variant))
-        self.meet()
-        return function
+        with self.together("compiling the fused kernel"):
+            binary = cubin(source(variant, layout), self.arch, headers())
+            self._functions[variant] = Function(binary, NAME, layout.shared_bytes(variant))
+        return self._functions[variant]

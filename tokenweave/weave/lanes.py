@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Protocol
 
 import torch
+
+CLOSE_S, POLL_S = 10.0, 1e-3  # of a stream that is closed
 
 
 @dataclass(frozen=True, eq=False)  # a job is itself, however like another it is
@@ -190,7 +193,11 @@ class StreamLane:
         return StreamPending(job, result, done, self)
 
     def close(self) -> None:
-        self.stream.synchronize()
+        """Waits for what is queued, but not long: it may be a collective whose peer is gone."""
+        done, deadline_s = torch.cuda.Event(), time.monotonic() + CLOSE_S
+        done.record(self.stream)
+        while not done.query() and time.monotonic() < deadline_s:
+            time.sleep(POLL_S)
 
 
 @dataclass(frozen=True)
