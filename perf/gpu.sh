@@ -4,10 +4,10 @@
 #   bash perf/gpu.sh [--output FOLDER] [--dry-run]
 #
 # FOLDER (perf/results) receives the tables. --dry-run needs no GPU: it collects the tests, and compiles the kernels.
-# PYTHON: the interpreter that has torch (python3). A part that fails does not keep the others from running.
+# PYTHON: the interpreter that has torch (.venv/bin/python where there is one, else python3). A part that fails does not keep the others from running.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
-PYTHON=${PYTHON:-python3}
+if [[ -z ${PYTHON-} ]]; then PYTHON=$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3); fi
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 
 OUTPUT=perf/results
@@ -16,6 +16,7 @@ while (($#)); do
     case $1 in
     --output) OUTPUT=${2:?--output needs a folder}; shift 2 ;;
     --dry-run) DRY=--dry-run; shift ;;
+    -h | --help) sed -n '2,/^set /{s/^# \{0,1\}//p}' perf/gpu.sh; exit ;;
     *) echo "unknown argument $1: see the head of $0" >&2; exit 2 ;;
     esac
 done
@@ -43,6 +44,10 @@ sanitizer() { # NAME OPTIONS...
         "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider tests/kernels/test_fused_gpu.py -k sanitizers
 }
 
+if ! "$PYTHON" -c 'import pytest, torch' 2>/dev/null; then
+    echo "$PYTHON has no torch and pytest: run launch/test.sh once, which makes .venv, or set PYTHON" >&2
+    exit 2
+fi
 if [[ -n $DRY ]]; then
     part "tests" 120 "$PYTHON" -m pytest -m gpu -q --collect-only tests/kernels tests/test_cuda.py
     part "timings" 120 "$PYTHON" -m perf.fused_one_gpu --dry-run

@@ -207,6 +207,18 @@ def test_a_threshold_lies_between_what_is_better_unsplit_and_what_is_not():
     assert limits.split_threshold is None
 
 
+def test_a_narrower_session_keeps_what_is_known_of_other_row_counts():
+    def measure(case):
+        rows, choice = case
+        return rows * (1.0 if choice.mode != "weave" else 0.8 if rows >= 700 else 1.3)
+
+    steps, limits = session(measure, rows=(512, 1024)).run()
+    stored = Tuned(make_key(cost().shape, 8, "here"), tuple(steps), limits)
+    _, after = session(measure, rows=(16,), stored=stored, same_key=True).run()
+    assert 700 <= after.split_threshold <= 1024
+    assert after.chunk_tokens == limits.chunk_tokens
+
+
 def test_one_rank_is_never_split():
     steps, limits = session(truth_of(1, of=cost(world_size=1)), of=cost(world_size=1)).run()
     assert {step.choice for step in steps} == {Choice("off")}

@@ -127,15 +127,19 @@ class Session:
     # -- limits --------------------------------------------------------------------------------------------------------
 
     def _limits(self) -> TunedLimits:
-        return TunedLimits(self._threshold(), best_chunk(self.cost, self.steps))
+        """Of all steps that are known by now, those of earlier sessions as well."""
+        earlier = self.stored.steps if self.stored and self.same_key else ()
+        by_rows = {step.rows: step for step in (*earlier, *self.steps)}
+        steps = [by_rows[rows] for rows in sorted(by_rows)]
+        return TunedLimits(self._threshold(steps), best_chunk(self.cost, steps))
 
-    def _threshold(self) -> int | None:
+    def _threshold(self, steps: Sequence[TunedStep]) -> int | None:
         """The row count from which on weaving wins: between the last step that is better unsplit and the next one."""
-        split = [step.choice.mode == "weave" for step in self.steps]
+        split = [step.choice.mode == "weave" for step in steps]
         if not split[-1]:
             return None
         first = max((i + 1 for i, is_split in enumerate(split) if not is_split), default=0)
-        low, step = (self.steps[first - 1].rows if first else 0), self.steps[first]
+        low, step = (steps[first - 1].rows if first else 0), steps[first]
         high, grain = step.rows, GRAIN if self.cost.hardware.tiles else max(1, step.rows // THRESHOLD_STEPS)
         try:
             while first and high - low > grain:

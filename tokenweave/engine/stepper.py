@@ -74,9 +74,9 @@ class Stepper:
         """failed: the ranks may be in mid-step."""
         if self.leads and not failed:
             self.rank.ranks.send(Done([]))
-        if failed:
-            self._stop(force=True)
-        self.rank.close()
+        if failed and self._workers is not None:
+            self._workers.stop(force=True)
+        self.rank.close()  # before the default group: it destroys groups that depend on it
         self._stop()
 
     def _stop(self, force: bool = False) -> None:
