@@ -71,7 +71,8 @@ class Meeting {
       if (arrived && compare && static_cast<u32>(seen) != tag) return give_up(MISMATCH, peer, expected, seen);
       if (arrived) return true;
       if (aborted()) return false;
-      if (static_cast<i64>(ptx::now_ns() - start_ns) > static_cast<i64>(place.timeout_ns)) return give_up(TIMEOUT, peer, expected, seen);
+      i64 waited_ns = ptx::now_ns() - start_ns;  // may be negative: the clock is set now and then
+      if (waited_ns > static_cast<i64>(place.timeout_ns)) return give_up(TIMEOUT, peer, expected, seen);
       ptx::pause();
     }
   }

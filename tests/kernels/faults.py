@@ -293,7 +293,14 @@ FAULTS = (
         "dead",
         PLAIN,
     ),
-    Fault("nobody counts the time", BARRIER, "> place.timeout_ns", "> ~0ull", "dead, hurried", PLAIN),
+    Fault(
+        "nobody counts the time",
+        BARRIER,
+        "> static_cast<i64>(place.timeout_ns)",
+        "> static_cast<i64>(~0ull >> 1)",
+        "dead, hurried",
+        PLAIN,
+    ),
     Fault(
         "giving up leaves no trace",
         BARRIER,
