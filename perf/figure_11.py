@@ -25,6 +25,12 @@ from tokenweave.cost.work import Batch, Chunk
 
 REPORT = Path(__file__).parent / "results" / "figure-11.md"
 WORLD_SIZE = 8
+FILES = (
+    "tokenweave_figure_4.csv",
+    "tokenweave_figure_10.csv",
+    "tokenweave_figure_11a_llama_tp8.csv",
+    "tokenweave_llama_tp8_prefill_config.json",
+)
 COLUMNS = ("no_ar", "baseline_multimem", "overlap_fused")
 FIRST_FIT = {"gemm": 0.6, "attention": 0.6, "step_s": 1e-3}
 FIT_STEPS = {"gemm": 0.02, "attention": 0.04, "step_s": 1e-3}
@@ -212,6 +218,11 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"write {REPORT.name} into perf/results")
     parser.add_argument("--fit", action="store_true", help="find the fitted constants again")
     options = parser.parse_args()
+    missing = [name for name in FILES if not (options.reference / name).is_file()]
+    if missing:
+        parser.error(
+            f"--reference {options.reference} has no {', '.join(missing)}; give the folder with the published CSVs"
+        )
     if options.fit:
         print({name: round(value, 5) for name, value in fit(options.reference).items()})
     hardware = find_hardware("h100-sxm")

@@ -1,14 +1,23 @@
 #!/usr/bin/env bash
-# Everything about the fused kernel that one GPU can tell, in some 8 minutes: tests, sanitizers, then timings.
+# Everything that one GPU can tell, in at most 8 minutes: is it right, then how fast is it. From a machine that has torch,
+# triton, transformers, cuda-python and pytest; nothing is downloaded, and models are random weights made on the GPU.
 #
 #   bash perf/gpu.sh [--output FOLDER] [--dry-run]
 #
-# FOLDER (perf/results) receives the tables. --dry-run needs no GPU: it collects the tests, and compiles the kernels.
-# PYTHON: the interpreter that has torch (.venv/bin/python where there is one, else python3). A part that fails does not keep the others from running.
+# In turn: tests (marker gpu) of the kernels and of the runtime; `tokenweave calibrate`; the runtime against transformers
+# and against what the GPU can do; the stand-in for TP=8 (its wire is simulated); the fused kernel's speed, and what GEMMs
+# lose to it; compute-sanitizer, where there is one. FOLDER (perf/results) receives fused-one-gpu-* and runtime-one-gpu-*,
+# each as .json and .md, with date, GPU, versions and commit.
+#
+# Each part has a time limit, and all together have TOTAL_S (480 s): what does not fit any more is reported as skipped. A
+# part that fails does not keep the others from running. Exit code 0: all passed, no goal was missed; 1: not; 2: nothing ran.
+# --dry-run needs no GPU: it collects the tests, compiles the kernels, and runs the measurements' lines on the CPU, tiny.
+# PYTHON: the interpreter that has torch (.venv/bin/python where there is one, else python3).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 if [[ -z ${PYTHON-} ]]; then PYTHON=$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3); fi
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+TOTAL_S=${TOTAL_S:-480}
 
 OUTPUT=perf/results
 DRY=
@@ -16,7 +25,7 @@ while (($#)); do
     case $1 in
     --output) OUTPUT=${2:?--output needs a folder}; shift 2 ;;
     --dry-run) DRY=--dry-run; shift ;;
-    -h | --help) sed -n '2,/^set /{s/^# \{0,1\}//p}' perf/gpu.sh; exit ;;
+    -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' perf/gpu.sh; exit ;;
     *) echo "unknown argument $1: see the head of $0" >&2; exit 2 ;;
     esac
 done
@@ -25,10 +34,25 @@ summary=()
 part() { # NAME SECONDS COMMAND...
     local name=$1 limit=$2 status=0 start=$SECONDS
     shift 2
+    limit=$((limit < TOTAL_S - SECONDS ? limit : TOTAL_S - SECONDS))
+    if ((limit < 5)); then
+        summary+=("FAIL: $name: skipped, $TOTAL_S s are over")
+        return
+    fi
     echo "== $name (at most $limit s): $*"
     timeout --signal=INT --kill-after=10 "$limit" "$@" || status=$?
     ((status == 124 || status == 137)) && name+=" (took too long)"
     summary+=("$( ((status)) && echo FAIL || echo pass ): $name, $((SECONDS - start)) s")
+}
+
+tests() { # NAME SECONDS ARGUMENTS...
+    local name=$1 limit=$2
+    shift 2
+    part "$name" "$limit" "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider "$@"
+}
+
+runtime() { # PART SECONDS
+    part "runtime: $1" "$2" "$PYTHON" -m perf.gpu --output "$OUTPUT" --only "$1" $DRY
 }
 
 sanitizer() { # NAME OPTIONS...
@@ -40,30 +64,36 @@ sanitizer() { # NAME OPTIONS...
         return
     fi
     # Without torch's cache of memory each tensor is an allocation, so that a sanitizer sees where it ends.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$name" 60 "$tool" --tool "$name" "$@" --error-exitcode 9 \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$name" 40 "$tool" --tool "$name" "$@" --error-exitcode 9 \
         "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider tests/kernels/test_fused_gpu.py -k sanitizers
 }
 
-if ! "$PYTHON" -c 'import pytest, torch' 2>/dev/null; then
-    echo "$PYTHON has no torch and pytest: run launch/test.sh once, which makes .venv, or set PYTHON" >&2
+if ! "$PYTHON" -c 'import pytest, torch, transformers' 2>/dev/null; then
+    echo "$PYTHON has no torch, transformers and pytest: run launch/test.sh once, which makes .venv, or set PYTHON" >&2
     exit 2
 fi
+mkdir -p "$OUTPUT" || exit 2
 if [[ -n $DRY ]]; then
-    part "tests" 120 "$PYTHON" -m pytest -m gpu -q --collect-only tests/kernels tests/test_cuda.py
-    part "timings" 120 "$PYTHON" -m perf.fused_one_gpu --dry-run
+    tests "tests" 120 --collect-only
+    part "fused kernel" 120 "$PYTHON" -m perf.fused_one_gpu --dry-run
 else
     if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
         echo "$PYTHON has no torch that sees a GPU: set PYTHON, or add --dry-run" >&2
         exit 2
     fi
     nvidia-smi --query-gpu=name,driver_version,memory.used,utilization.gpu --format=csv,noheader
-    part "tests of the kernel" 150 "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider --timeout=100 tests/kernels
-    part "tests of the runtime" 70 "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider --timeout=60 tests/test_cuda.py
+    tests "tests of the kernels" 100 --timeout=60 tests/kernels
+    tests "tests of the runtime" 90 --timeout=60 --ignore=tests/kernels tests
+    part "calibrate" 40 "$PYTHON" -m tokenweave.cli calibrate --no-progress
+fi
+for name in equality two_ranks; do runtime "$name" 50; done
+for name in prefill decode throughput predicted stand_in; do runtime "$name" 60; done
+if [[ -z $DRY ]]; then
+    part "fused kernel: speed" 60 "$PYTHON" -m perf.fused_one_gpu --output "$OUTPUT" --only speed
+    part "fused kernel: GEMMs" 45 "$PYTHON" -m perf.fused_one_gpu --output "$OUTPUT" --only gemms
     sanitizer memcheck --report-api-errors no # torch tries calls that may fail
     sanitizer synccheck
-    part "speed" 80 "$PYTHON" -m perf.fused_one_gpu --output "$OUTPUT" --only speed
-    part "GEMMs" 60 "$PYTHON" -m perf.fused_one_gpu --output "$OUTPUT" --only gemms
 fi
 
-printf '%s\n' "== summary" "${summary[@]}"
+printf '%s\n' "== summary, $SECONDS s" "${summary[@]}"
 [[ ! " ${summary[*]}" =~ " FAIL: " ]]

@@ -358,7 +358,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help=f"a folder: write {REPORT} into it")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the page")
     options = parser.parse_args(arguments)
-    known = read_published(options.reference) if options.reference else None
+    try:
+        known = read_published(options.reference) if options.reference else None
+    except FileNotFoundError as error:
+        parser.error(
+            f"--reference {options.reference} has no {Path(error.filename).name}; give the folder that holds it"
+        )
     kernels = [compile_kernel(sum_, world_size, options.arch) for sum_, world_size in WAYS]
     page = report(kernels, options.arch, known)
     print(as_json(kernels, known) if options.json else page)

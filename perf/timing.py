@@ -7,9 +7,10 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,9 +105,6 @@ def installed(name: str) -> str | None:
 
 
 def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=10)
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     return done.stdout.strip() or "unknown"
-
-
-def as_json(rows: list[Comparison]) -> list[dict[str, Any]]:
-    return [asdict(row) for row in rows]

@@ -55,9 +55,9 @@ def watch_forward(llm: LLM) -> list[tuple[Plan, torch.Tensor]]:
     steps: list[tuple[Plan, torch.Tensor]] = []
     forward = llm._runner.forward
 
-    def watched(batch: Any, plan: Plan) -> torch.Tensor:
-        logits = forward(batch, plan)
-        steps.append((plan, logits))
+    def watched(batch: Any, plan: Plan, previous: torch.Tensor | None = None) -> torch.Tensor:
+        logits = forward(batch, plan, previous)
+        steps.append((plan, logits.clone()))  # a graph's next launch would overwrite them
         return logits
 
     llm._runner.forward = watched  # type: ignore[method-assign]
@@ -65,14 +65,17 @@ def watch_forward(llm: LLM) -> list[tuple[Plan, torch.Tensor]]:
 
 
 def watch_tokens(llm: LLM, steps: list[tuple[Plan, torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
-    """Keep, by request, the logits row of every token that was drawn."""
+    """Keep, by request, the logits row of every token that was drawn and wanted."""
     rows: dict[str, list[torch.Tensor]] = {}
-    take_in = llm._engine._take_in
+    take_in, taken = llm._engine._take_in, 0
 
-    def watched(drawing: Any, sampled: Any) -> Any:
-        for (request, _), row in zip(drawing, steps[-1][1], strict=True):
-            rows.setdefault(request.request_id, []).append(row.clone())
-        return take_in(drawing, sampled)
+    def watched(launched: Any) -> Any:
+        nonlocal taken
+        for (request, completion), row in zip(launched.drawing, steps[taken][1], strict=True):
+            if completion.finish_reason is None:
+                rows.setdefault(request.request_id, []).append(row)
+        taken += 1
+        return take_in(launched)
 
     llm._engine._take_in = watched  # type: ignore[method-assign]
     return rows

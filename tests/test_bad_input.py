@@ -71,6 +71,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unlike any": ({"zzz": 1}, TypeError, r"LLM has no option 'zzz'; the options are .*block_size.*"),
     "overlap": ({"overlap": "x"}, ValueError, r"overlap must be one of auto, off, fused, weave, got 'x'"),
     "dtype": ({"dtype": "int8"}, ValueError, r"dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
+    "attention": ({"device": "cpu", "attention": "triton"}, ValueError, r"attention='triton' cannot run here: .*; .*"),
     "device": ({"device": "tpu"}, ValueError, r"device must be one of auto, cpu, cuda, got 'tpu'"),
     "block_size 0": ({"block_size": 0}, ValueError, r"block_size must be a whole number >= 1, got 0"),
     "block_size 1.5": ({"block_size": 1.5}, ValueError, r"block_size must be a whole number >= 1, got 1.5"),

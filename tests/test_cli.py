@@ -20,6 +20,7 @@ from tokenweave.comm.choice import Choice
 from tokenweave.comm.group import PeerError
 from tokenweave.comm.link import Link
 from tokenweave.config import EngineConfig
+from tokenweave.engine.memory import Memory
 from tokenweave.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from tokenweave.sampling_params import SamplingParams
 from tokenweave.trace.overlap import summary
@@ -126,12 +127,14 @@ def test_defaults_are_those_of_the_dataclasses():
 def test_options_reach_their_fields():
     engine = "--tensor-parallel-size 2 --dtype bfloat16 --device cpu --overlap weave --max-num-batched-tokens 7"
     engine += " --seed 5 --max-num-seqs 3 --max-model-len 9 --block-size 4 --num-kv-blocks 6 --no-prefix-caching"
-    engine += " --timeout-s 30 --link-gbit-per-s 8 --link-latency-us 2 --no-progress --model x"
+    engine += " --timeout-s 30 --link-gbit-per-s 8 --link-latency-us 2 --no-progress --model x --load-format dummy"
+    engine += " --async-scheduling --gpu-memory-utilization 0.5 --enforce-eager --cuda-graph-max-tokens 33"
     assert generate.engine_config(options_of(*engine.split())) == EngineConfig(
         model="x",
         tensor_parallel_size=2,
         dtype="bfloat16",
         device="cpu",
+        load_format="dummy",
         overlap="weave",
         max_num_batched_tokens=7,
         seed=5,
@@ -139,11 +142,16 @@ def test_options_reach_their_fields():
         max_model_len=9,
         block_size=4,
         num_kv_blocks=6,
+        gpu_memory_utilization=0.5,
+        async_scheduling=True,
+        enforce_eager=True,
+        cuda_graph_max_tokens=33,
         enable_prefix_caching=False,
         timeout_s=30.0,
         link=Link(1e9, 2e-6),
         progress=False,
     )
+    assert generate.engine_config(options_of("--no-async-scheduling")).async_scheduling is False
     sampling = "--temperature 0.5 --max-tokens none --min-tokens 2 --n 3 --top-p 0.9 --top-k 4 --min-p 0.1 --logprobs 2"
     sampling += " --request-seed -7 --stop a --stop b --stop-token-id 3 --ignore-eos --include-stop"
     sampling += " --no-skip-special-tokens --repetition-penalty 1.5 --presence-penalty -1 --frequency-penalty 0.5"
@@ -341,6 +349,7 @@ def span(step, half, lane, kind, start_ns, end_ns):
     return Span(0, step, lane, kind, half, "attn", start_ns, end_ns, phase="prefill")
 
 
+MEMORY = Memory(80 << 30, 15 << 30, 1 << 30, 2 << 30, block_bytes=2 << 20, block_size=16, blocks=28_000)
 COMM = Choice("sharded", "rank 0 computes on the CPU")
 SPANS = [
     span(1, 0, "compute", "segment", 0, 40_000_000),
@@ -355,7 +364,8 @@ def run_of(spans=(), **options):
     world_size = options.pop("world_size", 2)
     overlap = summary(spans) if options.get("trace") else None
     config = EngineConfig(model="m", **options)
-    return Run(config, world_size, "cpu", ["a", "b"], OUTPUTS, figures(OUTPUTS), overlap, count_woven(spans), COMM)
+    woven = count_woven(spans)
+    return Run(config, world_size, "cpu", ["a", "b"], OUTPUTS, figures(OUTPUTS), overlap, woven, COMM, MEMORY)
 
 
 def test_figures_count_and_time():
@@ -372,6 +382,14 @@ def test_the_table_says_how_much_was_hidden_and_where_the_timeline_is():
     assert said["woven"] == "1 of 2 steps"
     assert "out/t.json" in said["timeline"]
     assert "out/t.png" in said["timeline"]
+
+
+def test_the_table_says_what_memory_is_for():
+    said = rows("\n\n" + table(run_of()))
+    assert said["memory"] == (
+        "80.0 GiB: weights 15.0 GiB, activations 1.0 GiB, KV cache 54.7 GiB = 28,000 blocks = 448,000 tokens, "
+        "others 2.0 GiB"
+    )
 
 
 @pytest.mark.parametrize(

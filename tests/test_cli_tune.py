@@ -120,7 +120,7 @@ def journal_lines(tmp_path):
     [
         (("--budget", "0"), "--budget must be > 0 seconds, got 0.0"),
         (("--budget", "nan"), "--budget must be > 0 seconds, got nan"),
-        (("--rows", "x"), "argument --rows: invalid row counts value: 'x'"),
+        (("--rows", "x"), "expected row counts with commas between, such as 256,512,1024; got 'x'"),
         (("--rows", "0,4"), "--rows must be between 1 and 128, the largest step"),
         (("--rows", "4096"), "--rows must be between 1 and 128, the largest step"),
         (("--model", "/nowhere"), "/nowhere"),

@@ -130,6 +130,22 @@ def test_after_preemption(world_size, caching, ranks, checkpoint, alone):
     assert result.tokens == alone
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"overlap": "weave"},
+        {"overlap": "off", "max_num_batched_tokens": 7, "max_num_seqs": 3},
+        {"overlap": "weave", "num_kv_blocks": 15, "block_size": 4, "max_num_batched_tokens": 40},
+    ],
+    ids=["at ease", "in chunks", "preempted"],
+)
+def test_with_steps_launched_ahead(options, ranks, checkpoint, alone):
+    """Every rank runs a step before rank 0 has read the tokens of the one before it."""
+    first, again = made(ranks, 2, checkpoint("llama"), TOGETHER, TOGETHER, async_scheduling=True, **options)
+    assert first.tokens == again.tokens == alone
+    assert (first.preemptions > 0) == ("num_kv_blocks" in options)
+
+
 def shortest(sequences: Sequence[Any]) -> Any:
     return min(sequences, key=lambda sequence: len(sequence.tokens))
 

@@ -8,12 +8,14 @@ from typing import Any
 
 from tokenweave.comm.choice import COMMS
 from tokenweave.comm.link import Link
+from tokenweave.engine.attention import ATTENTIONS
 from tokenweave.engine.policy import Policy
 from tokenweave.keywords import known_keywords
 
 OVERLAPS = ("auto", "off", "fused", "weave")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+LOAD_FORMATS = ("auto", "dummy")
 
 
 @known_keywords
@@ -26,11 +28,18 @@ class EngineConfig:
     dtype: str = "auto"  # "auto": what the checkpoint states, and float32 on a CPU
     comm: str = "auto"  # the sums of "fused" and "weave": "multimem" | "peer" (one kernel) | "sharded" (collectives)
     device: str = "auto"  # "auto": CUDA where there is one
+    attention: str = "auto"  # "flashinfer" | "triton" | "torch"; "auto": on CUDA the first that is there, else torch
+    load_format: str = "auto"  # "auto": the folder's safetensors | "dummy": random weights, config.json is enough
     max_num_batched_tokens: int = 2048  # tokens of one step, prefill and decode together
     max_num_seqs: int = 64  # sequences that run at once
     block_size: int = 16  # tokens of one KV block
-    num_kv_blocks: int | None = None  # None: what max_num_seqs of max_model_len need, within a share of free memory
+    num_kv_blocks: int | None = None  # None: by gpu_memory_utilization; on a CPU what can be needed, within free memory
+    gpu_memory_utilization: float = 0.9  # share of a GPU's memory for weights, activations and KV cache
     max_model_len: int | None = None  # None: what the model was made for
+    # Launch a step before the tokens of the last are read. None: on CUDA. A CPU gains nothing: launching is computing.
+    async_scheduling: bool | None = None
+    enforce_eager: bool = False  # queue every step anew, with no CUDA graphs
+    cuda_graph_max_tokens: int = 1024  # the largest prefill step that is captured in a CUDA graph
     enable_prefix_caching: bool = True
     seed: int = 0  # of requests that bring none
     tensor_parallel_size: int | None = None  # None: torchrun's world size, 1 without it
@@ -44,18 +53,25 @@ class EngineConfig:
         one_of("overlap", self.overlap, OVERLAPS)
         one_of("dtype", self.dtype, DTYPES)
         one_of("device", self.device, DEVICES)
+        one_of("attention", self.attention, ATTENTIONS)
+        one_of("load_format", self.load_format, LOAD_FORMATS)
         one_of("comm", self.comm, COMMS)
-        for name in ("max_num_batched_tokens", "max_num_seqs", "block_size"):
+        for name in ("max_num_batched_tokens", "max_num_seqs", "block_size", "cuda_graph_max_tokens"):
             whole_number(name, getattr(self, name))
         for name in ("num_kv_blocks", "max_model_len", "tensor_parallel_size"):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name))
-        for name in ("enable_prefix_caching", "progress"):
+        for name in ("enforce_eager", "enable_prefix_caching", "progress"):
             of_type(name, getattr(self, name), bool)
+        if self.async_scheduling is not None:
+            of_type("async_scheduling", self.async_scheduling, bool)
         of_type("seed", self.seed, int)
         of_type("timeout_s", self.timeout_s, int, float)
         if not self.timeout_s > 0:
             raise ValueError(f"timeout_s must be > 0 seconds, got {self.timeout_s!r}")
+        of_type("gpu_memory_utilization", self.gpu_memory_utilization, int, float)
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization must be > 0 and <= 1, got {self.gpu_memory_utilization!r}")
         if self.trace is not None and not (isinstance(self.trace, str) and self.trace.endswith(".json")):
             raise ValueError(
                 f"trace must name a .json file (its picture is written beside it as .png), got {self.trace!r}"

@@ -18,6 +18,7 @@ from tokenweave.comm.choice import Choice
 from tokenweave.comm.group import PeerError, is_lost_peer, leave_default_group
 from tokenweave.config import EngineConfig
 from tokenweave.engine.engine import Engine, follow
+from tokenweave.engine.memory import Memory
 from tokenweave.engine.messages import Accepted, Done, Emit, Message, collect_spans
 from tokenweave.engine.prompts import accept
 from tokenweave.engine.rank import Rank, open_rank
@@ -78,6 +79,11 @@ class LLM:
     def comm(self) -> Choice:
         """What forms the sums of `overlap` "fused" and "weave", and why it was chosen."""
         return self._runner.communicator.choice
+
+    @property
+    def memory(self) -> Memory:
+        """What this rank's memory is for; str() is a line for people."""
+        return self._runner.memory
 
     # -- generating ------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from perf.kernels.ours import SITE, Ours
 from perf.kernels.problem import Problem, drawn
 from tokenweave.comm.group import Ranks
 from tokenweave.comm.norm import Norm
+from tokenweave.engine.fetch import Fetch
 from tokenweave.weave.request import Reduce, Rows
 
 # Of a few roundings, relative to the value or to its row's size, whichever is larger.
@@ -73,7 +74,7 @@ def check(ours: Ours, cases: Sequence[Case], problem: Problem, ranks: Ranks, don
     for case in cases:
         if case.rows <= ours.most_rows:
             results = outcome(ours, case, problem, ranks.rank)
-            ours.communicator.finish()
+            Fetch((), ranks.device, ours.communicator.check, 2 * ranks.timeout_s).wait()
             fault = wrong(results, expected(case, problem, ranks.world_size), TOLERANCE[problem.dtype])
             if found := verdict(ranks.gather((digest(results), fault))):
                 what = f"{ours.name}, {problem.dtype} x {problem.hidden_size}, {case}"

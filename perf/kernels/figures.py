@@ -15,6 +15,7 @@ from perf.kernels.problem import Problem, drawn
 from perf.kernels.timers import Contestant, Time, Timer, measure
 from tokenweave.comm.norm import Norm
 from tokenweave.cost.collectives import FUSED_SMS
+from tokenweave.engine.fetch import Fetch
 from tokenweave.kernels.fused import MAX_BLOCKS
 from tokenweave.weave.request import Reduce
 
@@ -88,8 +89,9 @@ class Sweep:
                 contestants[key(ours.name, column)] = fused(ours, rows, ctas, self.bench.problem)
                 measured.blocks[rows][key(ours.name, column)] = ours.kernels.blocks if ours.kernels else 0
         measured.times[rows] = measure(contestants, self.timer, self.rounds, self.bench.ranks)
+        ranks = self.bench.ranks
         for ours in self.ours:
-            ours.communicator.finish()
+            Fetch((), ranks.device, ours.communicator.check, 2 * ranks.timeout_s).wait()
 
 
 def cta_counts(rows: int, world_size: int, most_sms: int) -> dict[str, int]:

@@ -14,6 +14,7 @@ LONG_TOKENS = 1024
 HIDDEN = {1000: 0.75, 500: 0.90}  # Mbit/s -> least share hidden by weave, for prompts of LONG_TOKENS and more
 GAIN = {1000: 1.40, 500: 1.60}  # Mbit/s -> least off / weave at LONG_TOKENS
 PEER, PEER_GAIN, PEER_MBIT = "transformers TP", 1.5, 1000
+ALONE_GAIN, MIXED_GAIN = 1.0, 1.5  # of one rank over transformers: prefill of LONG_TOKENS, and the mix "mixed"
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,24 @@ class Finding:
 
 
 def findings(results: list[tuple[Point, dict[str, Any]]]) -> list[Finding]:
-    """Of every prefill point on a link, in order."""
+    """Of every prefill point on a link, and of one rank without one, in order."""
     on_a_link = [pair for pair in results if pair[0].measure == "prefill" and pair[0].setting.link != "none"]
-    return [one for point, result in on_a_link for one in judge(point, result)]
+    alone = [pair for pair in results if (pair[0].setting.ranks, pair[0].setting.device) == (1, "cpu")]
+    found = [one for point, result in on_a_link for one in judge(point, result)]
+    return found + [one for point, result in alone for one in judge_alone(point, result)]
+
+
+def judge_alone(point: Point, result: dict[str, Any]) -> Iterator[Finding]:
+    where = point.setting.title
+    if point.measure == "prefill" and point.x == LONG_TOKENS and PEER in result["seconds"]:
+        ratio = figures.ratio(result["seconds"], PEER, "off")
+        goal, met = f">= {ALONE_GAIN:.2f}", ratio.median >= ALONE_GAIN
+        yield Finding(where, f"{PEER} / off, {LONG_TOKENS} tokens", goal, f"{ratio:.2f}", met)
+    if point.measure == "mix" and point.x == "mixed" and PEER in result["figures"]:
+        rates = {mode: result["figures"][mode]["output tokens/s"] for mode in ("off", PEER)}
+        ratio = figures.ratio(rates, "off", PEER)
+        goal, met = f">= {MIXED_GAIN:.2f}", ratio.median >= MIXED_GAIN
+        yield Finding(where, f"tokens/s of off / {PEER}, {point.x} requests", goal, f"{ratio:.2f}", met)
 
 
 def judge(point: Point, result: dict[str, Any]) -> Iterator[Finding]:

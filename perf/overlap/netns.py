@@ -1,8 +1,9 @@
-"""Namespaces: two network namespaces joined by a shaped veth pair: a real, slow link on one machine.
+"""Namespaces: network namespaces joined by shaped veth pairs: a real, slow link on one machine. Two ends are joined
+by one pair; more by a pair each to a bridge, in a namespace of its own.
 
 A namespace has no name and no file: it lives as long as its keeper, a `cat` whose input this process holds open.
 However this process ends, SIGKILL included, the keepers read the end of their input and go, and with them the
-namespaces, the veth pair and its shaping. The host's own network is never touched.
+namespaces, the veth pairs and their shaping. The host's own network is never touched.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ PROGRAMS = {
     "setpriv": "util-linux",
 }
 INTERFACE = "link0"
-ADDRESSES = ("10.77.0.1", "10.77.0.2")  # inside the namespaces, which nothing else can reach
+NETWORK = "10.77.0"  # inside the namespaces, which nothing else can reach
+MOST_ENDS = 64
+BRIDGE = "switch0"
 MTU = 65000  # at 1500 gloo burns a core on small packets, and nothing can be hidden
 BURST, LATENCY = "256kb", "100ms"
 COMMAND_TIMEOUT_S = 20
@@ -36,10 +39,10 @@ class NetworkRefused(RuntimeError):
 
 @dataclass(frozen=True)
 class Namespace:
-    """One of the two ends. address: of its end of the link."""
+    """An end of the link, or the bridge between ends. address: of an end."""
 
     pid: int  # of its keeper
-    address: str
+    address: str = ""
 
     @property
     def enter(self) -> list[str]:
@@ -48,31 +51,48 @@ class Namespace:
 
 
 @contextmanager
-def joined(mbit_per_s: float) -> Iterator[tuple[Namespace, Namespace]]:
-    """Two namespaces whose link carries so much in each direction, for as long as the block runs.
+def joined(mbit_per_s: float, count: int = 2) -> Iterator[list[Namespace]]:
+    """Namespaces, each of which can send and receive so much, for as long as the block runs.
 
     Raises NetworkRefused where the kernel, or a missing program, forbids it.
     """
     with ExitStack() as stack:
-        first, second = (stack.enter_context(namespace(address)) for address in ADDRESSES)
-        run(*first.enter, "ip", "link", "add", INTERFACE, "mtu", str(MTU), "type", "veth",
-            "peer", "name", INTERFACE, "mtu", str(MTU), "netns", str(second.pid))  # fmt: skip
-        for end in (first, second):
-            bring_up(end, mbit_per_s)
-        yield first, second
+        ends = [stack.enter_context(namespace(f"{NETWORK}.{i + 1}")) for i in range(count)]
+        if count == 2:
+            pair(ends[0], INTERFACE, ends[1], INTERFACE)
+        else:
+            switch(stack.enter_context(namespace()), ends, mbit_per_s)
+        for end in ends:
+            run(*end.enter, "ip", "link", "set", "lo", "up")
+            run(*end.enter, "ip", "address", "add", f"{end.address}/24", "dev", INTERFACE)
+            bring_up(end, INTERFACE, mbit_per_s)
+        yield ends
 
 
-def bring_up(end: Namespace, mbit_per_s: float) -> None:
-    run(*end.enter, "ip", "link", "set", "lo", "up")
-    run(*end.enter, "ip", "address", "add", f"{end.address}/24", "dev", INTERFACE)
-    run(*end.enter, "ip", "link", "set", INTERFACE, "up")
+def switch(hub: Namespace, ends: list[Namespace], mbit_per_s: float) -> None:
+    """A bridge whose ports are shaped: what an end receives. The ends themselves shape what they send."""
+    run(*hub.enter, "ip", "link", "add", BRIDGE, "mtu", str(MTU), "type", "bridge")
+    run(*hub.enter, "ip", "link", "set", BRIDGE, "up")
+    for i, end in enumerate(ends):
+        pair(hub, f"port{i}", end, INTERFACE)
+        run(*hub.enter, "ip", "link", "set", f"port{i}", "master", BRIDGE)
+        bring_up(hub, f"port{i}", mbit_per_s)
+
+
+def pair(first: Namespace, name: str, second: Namespace, peer: str) -> None:
+    run(*first.enter, "ip", "link", "add", name, "mtu", str(MTU), "type", "veth",
+        "peer", "name", peer, "mtu", str(MTU), "netns", str(second.pid))  # fmt: skip
+
+
+def bring_up(end: Namespace, interface: str, mbit_per_s: float) -> None:
+    run(*end.enter, "ip", "link", "set", interface, "up")
     rate = f"{round(mbit_per_s * 1000)}kbit"
     shape = ["tbf", "rate", rate, "burst", BURST, "latency", LATENCY]
-    run(*end.enter, "tc", "qdisc", "add", "dev", INTERFACE, "root", *shape)
+    run(*end.enter, "tc", "qdisc", "add", "dev", interface, "root", *shape)
 
 
 @contextmanager
-def namespace(address: str) -> Iterator[Namespace]:
+def namespace(address: str = "") -> Iterator[Namespace]:
     """A fresh network namespace and its keeper. It gets a session of its own, or Ctrl-C would end it too early."""
     pipe = subprocess.PIPE
     command = ["unshare", "--net", "sh", "-c", KEEPER]
@@ -94,14 +114,14 @@ def run(*command: str) -> None:
         raise NetworkRefused(f"`{' '.join(command)}` said: {done.stderr.strip() or f'exit code {done.returncode}'}")
 
 
-def refusal(mbit_per_s: float = 1000.0) -> str:
-    """Why there can be no real link here, found by making one; "" if there can."""
+def refusal(count: int = 2) -> str:
+    """Why there can be no real link between so many here, found by making one; "" if there can."""
     if sys.platform != "linux":
         return "network namespaces exist on Linux only"
     if lacking := [f"{name} (package {package})" for name, package in PROGRAMS.items() if not shutil.which(name)]:
         return f"not installed: {', '.join(lacking)}"
     try:
-        with joined(mbit_per_s):
+        with joined(1000.0, count):
             return ""
     except NetworkRefused as error:
         return str(error)

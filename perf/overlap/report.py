@@ -22,8 +22,8 @@ Results = Sequence[tuple[Point, dict[str, Any]]]
 
 LINK_WORDS = {
     "real": (
-        f"Link: two network namespaces joined by a veth pair (MTU {netns.MTU}), each end shaped by `tc tbf` (burst "
-        f"{netns.BURST}, latency {netns.LATENCY}), a torchrun in each."
+        f"Link: network namespaces, one a rank, joined by veth pairs (MTU {netns.MTU}), their ends shaped by `tc tbf` "
+        f"(burst {netns.BURST}, latency {netns.LATENCY}), a torchrun in each."
     ),
     "paced": (
         "**The link is simulated**: the bytes really go over loopback, then the comm lane sleeps until a wire of that "
@@ -83,9 +83,11 @@ def head(results: Results, about: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     first = results[0][0].setting
     code = f"commit {about['commit']} (code {about['code']})"
+    dtype = "fp32" if first.device == "cpu" else "the dtype that the model's config states"
+    place = f"{about['gpus']}; " if about.get("gpus") else ""
     machine = (
-        f"{about['cpu']}, {about['cores']} cores, {first.ranks} ranks of {first.threads} threads on {first.device}; "
-        f"fp32; {versions}, Python {about['python']}, {about['kernel']}; {code}. "
+        f"{place}{about['cpu']}, {about['cores']} cores, {first.ranks} ranks of {first.threads} threads on "
+        f"{first.device}; {dtype}; {versions}, Python {about['python']}, {about['kernel']}; {code}. "
         f"Load average when it started: {about['load']:.1f}."
     )
     made = f"Made by `{about['command']}`."
@@ -112,9 +114,17 @@ def unquiet(results: Results) -> list[str]:
 
 
 def absent(results: Results) -> list[str]:
-    """The peers that could not take part, and why."""
-    missing = {name: why for _, result in results for name, why in result.get("missing", {}).items()}
-    return ["Missing peers: " + "; ".join(f"{name} ({why})" for name, why in missing.items()) + "."] if missing else []
+    """The peers and baselines that could not take part, why, and at which points where it is not all of them."""
+    told = [(point, result["missing"]) for point, result in results if "missing" in result]
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for point, missing in told:
+        for name, why in missing.items():
+            reasons.setdefault((name, why), []).append(f"{point.measure} {point.x}")
+    listed = [
+        f"{name} ({why})" if len(places) == len(told) else f"{name} at {', '.join(dict.fromkeys(places))} ({why})"
+        for (name, why), places in reasons.items()
+    ]
+    return [f"Missing: {'; '.join(listed)}."] if listed else []
 
 
 def goals(found: Sequence[Finding]) -> list[str]:
@@ -130,7 +140,7 @@ def describe(setting: Setting, results: Results, table: Sequence[Row], folder: P
         mine = [row for row in table if row.point.setting == setting and row.point.measure == measure]
         if mine:
             yield from compared(setting, measure, mine, folder)
-            yield auto_choices([pair for pair in results if pair[0].setting == setting and pair[0].measure == measure])
+            yield chosen([pair for pair in results if pair[0].setting == setting and pair[0].measure == measure])
     for point, result in results:
         if point.setting == setting and point.measure == "mix":
             yield from served(point, result, [row for row in table if row.point == point])
@@ -161,18 +171,25 @@ def cell(row: Row | None, scale: float, spec: str) -> str:
     return f"{value.median * scale:{spec}} ({value.min * scale:{spec}}-{value.max * scale:{spec}})"
 
 
-def auto_choices(results: Results) -> str:
-    return "`auto` chose " + ", ".join(f"{result['auto_chose']} at {point.x}" for point, result in results) + "."
+def chosen(results: Results) -> str:
+    """What `auto` did, and which baseline is `off`, where there are any."""
+    auto = "`auto` chose " + ", ".join(f"{result['auto_chose']} at {point.x}" for point, result in results) + "."
+    if not any(figures.baselines_of(result["seconds"]) for _, result in results):
+        return auto
+    fastest = [(point.x, figures.fastest_off(result["seconds"])) for point, result in results]
+    offs = ", ".join(f"{figures.RUNTIME if name == 'off' else name} at {x}" for x, name in fastest)
+    return f"{auto} `off` is the fastest of its baselines: {offs}."
 
 
 def served(point: Point, result: dict[str, Any], mine: Sequence[Row]) -> Iterator[str]:
-    yield f"### Request mix: {point.x}"
-    yield f"{result['words']}. Times in ms."
+    yield f"### Request mix: {point.x}, in steps of up to {point.chunk_tokens} tokens"
+    over = f" `off` is {result['off']}." if result.get("off", "off") != "off" else ""
+    yield f"{result['words']}. Times in ms.{over}"
     names = list(dict.fromkeys(row.figure for row in mine))
     modes = list(dict.fromkeys(row.mode for row in mine))
     cells = {(row.mode, row.figure): row for row in mine}
     lines = [
-        [mode, *(cell(cells[mode, name], 1.0 if name.endswith("/s") else 1e3, ".1f") for name in names)]
+        [mode, *(cell(cells.get((mode, name)), 1.0 if name.endswith("/s") else 1e3, ".1f") for name in names)]
         for mode in modes
     ]
     yield markdown(["mode", *names], lines)

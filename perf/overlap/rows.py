@@ -11,8 +11,8 @@ from perf.overlap.figures import COMMUNICATION, COMPUTE, Spread, with_ideal
 from perf.overlap.points import Point
 
 COLUMNS = (
-    "shape", "link", "mbit_per_s", "ranks", "threads_per_rank", "device", "measure", "x", "mode", "figure", "unit",
-    "median", "min", "max", "rounds",
+    "shape", "link", "mbit_per_s", "ranks", "threads_per_rank", "device", "measure", "x", "chunk_tokens", "mode",
+    "figure", "unit", "median", "min", "max", "rounds",
 )  # fmt: skip
 
 BOUNDS = (COMPUTE, COMMUNICATION, "ideal")  # not ways to run a step
@@ -30,7 +30,8 @@ class Row:
     def cells(self) -> tuple[Any, ...]:
         """By COLUMNS."""
         s, p, v = self.point.setting, self.point, self.value
-        place = (s.shape, s.link, s.mbit_per_s, s.ranks, s.threads, s.device, p.measure, p.x)
+        chunk_tokens = p.chunk_tokens if p.measure == "mix" else ""
+        place = (s.name, s.link, s.mbit_per_s, s.ranks, s.threads, s.device, p.measure, p.x, chunk_tokens)
         return (*place, self.mode, self.figure, self.unit, v.median, v.min, v.max, p.rounds)
 
 

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,15 @@ class SessionFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Job:
-    """What the ranks read: the points to measure, and the journal that rank 0 writes to."""
+    """What the ranks read: the points to measure, the model as EngineConfig takes it, the journal that rank 0 writes
+    to, and the peers that are left out."""
 
     points: list[Point]
     folder: str
+    load_format: str
     journal: str
     code: str
+    without: list[str] = field(default_factory=list)
 
     def write(self, path: Path) -> Path:
         path.write_text(json.dumps(asdict(self)))
@@ -59,7 +62,7 @@ def run_session(job: Job, log: Path, timeout_s: float, tick: Callable[[], Any]) 
         file = job.write(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "job.json")
         output = stack.enter_context(log.open("a"))
         processes = [
-            stack.enter_context(started(command, environment(setting), output))
+            stack.enter_context(started(command, environment(setting), output, output))
             for command in stack.enter_context(commands(setting, str(file)))
         ]
         watch(processes, log, timeout_s, tick)
@@ -72,13 +75,11 @@ def commands(setting: Setting, job: str) -> Iterator[list[list[str]]]:
         meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
         yield [torchrun(job, setting.ranks, meeting)]
         return
-    with netns.joined(setting.mbit_per_s) as ends:
+    with netns.joined(setting.mbit_per_s, setting.ranks) as ends:
         first = ends[0].address
         nodes = ["--nnodes", str(len(ends)), "--master-addr", first, "--master-port", PORT]
         meetings = [[*nodes, "--node-rank", str(i), "--local-addr", end.address] for i, end in enumerate(ends)]
-        yield [
-            [*end.enter, *torchrun(job, setting.ranks // len(ends), meeting)] for end, meeting in zip(ends, meetings)
-        ]
+        yield [[*end.enter, *torchrun(job, 1, meeting)] for end, meeting in zip(ends, meetings)]
 
 
 def torchrun(job: str, ranks: int, meeting: list[str]) -> list[str]:
@@ -100,10 +101,10 @@ def environment(setting: Setting) -> dict[str, str]:
 
 
 @contextmanager
-def started(command: list[str], env: dict[str, str], output: Any) -> Iterator[subprocess.Popen[bytes]]:
+def started(command: list[str], env: dict[str, str], stdout: Any, stderr: Any) -> Iterator[subprocess.Popen[bytes]]:
     """A process in a session of its own, ended with the block: asked first, then killed."""
     process = subprocess.Popen(
-        [*tied(), *command], cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+        [*tied(), *command], cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
         start_new_session=True,
     )  # fmt: skip
     try:

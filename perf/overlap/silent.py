@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenweave.comm.transport import Transport, ring_all_reduce_bytes
+from tokenweave.comm.transport import Finish, Transport, ring_all_reduce_bytes
 
 
-class SilentTransport:
+class SilentTransport(Transport):
     """Says what it would send, and sends nothing: results are wrong by design."""
 
     def __init__(self, rank: int, world_size: int):
@@ -65,6 +65,12 @@ class NotingTransport(SilentTransport):
         self.noted.append(lambda transport: transport.all_gather_columns(*buffers))
         return super().all_gather_columns(part, outs)
 
+    def sum_rows(self, partial: Tensor, owners: list[range], total: Tensor, finish: Finish, out: Tensor) -> int:
+        buffers = self._like(partial), list(owners), self._like(total), nothing, self._like(out)
+        self.noted.append(lambda transport: transport.sum_rows(*buffers))
+        finish(range(len(total)))
+        return super().reduce_scatter(partial, owners, total) + super().all_gather_rows(out, owners)
+
     @torch.inference_mode()  # as were its buffers made
     def replay(self, transport: Transport) -> int:
         """All that was noted, in order. Returns the bytes that this rank sent."""
@@ -74,6 +80,10 @@ class NotingTransport(SilentTransport):
         """A zeroed tensor of that shape, the same one each time, so that a step's worth of them stays small."""
         key = tuple(tensor.shape), tensor.dtype, copy
         return self._buffers.setdefault(key, torch.zeros_like(tensor))
+
+
+def nothing(rows: range) -> None:
+    """What is done with the rows of a sum."""
 
 
 def note(rank: int, world_size: int, run: Callable[[Transport], Any]) -> Callable[[Transport], int]:

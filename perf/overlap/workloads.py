@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
-# Percentile -> tokens: a long-tailed chat mix in the manner of ShareGPT, of our own making. Its means are near the 161
-# prompt and 338 output tokens that the vLLM paper (arXiv 2309.06180, section 6.1) gives for that data set.
-CHAT_PROMPT = {0: 4, 25: 14, 50: 50, 75: 190, 90: 480, 99: 1100, 100: 1600}
-CHAT_OUTPUT = {0: 4, 25: 90, 50: 270, 75: 510, 90: 730, 99: 1050, 100: 1400}
+# Percentile -> tokens of ShareGPT conversations, first turns. The lengths are published with Sarathi-Serve (arXiv
+# 2403.02310, Table 2: openchat_sharegpt4): github microsoft/sarathi-serve, commit 72339db, the file
+# data/processed_traces/sharegpt_8k_filtered_stats_llama2_tokenizer.csv, in tokens of Llama 2. The percentiles are ours,
+# of the 5,316 first turns that pass vLLM's filter (4 tokens or more each, prompts up to 1024, both up to 2048), as
+# TokenWeave's own benchmark applies it to another extract of ShareGPT. Means there: 136 and 472 tokens.
+CHAT_PROMPT = {0: 4, 10: 15, 25: 26, 50: 58, 75: 154, 90: 381, 95: 574, 99: 901, 100: 1024}
+CHAT_OUTPUT = {0: 4, 10: 70, 25: 250, 50: 473, 75: 682, 90: 868, 95: 935, 99: 1002, 100: 1024}
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,18 @@ def fixed(tokens: int) -> dict[int, float]:
 
 MIXES = {
     "fixed": Mix(16, fixed(256), fixed(32)),
+    "mixed": Mix(16, {0: 16, 100: 256}, {0: 32, 100: 272}),
     "chat": Mix(24, CHAT_PROMPT, CHAT_OUTPUT, scale=0.25, rate_per_s=4.0),
     "quick-fixed": Mix(4, fixed(32), fixed(4)),
     "quick-chat": Mix(4, CHAT_PROMPT, CHAT_OUTPUT, scale=0.02, rate_per_s=20.0),
+    # TokenWeave's Figures 12 and 13
+    "512-128": Mix(1000, fixed(512), fixed(128)),
+    "1024-128": Mix(1000, fixed(1024), fixed(128)),
+    "2048-128": Mix(1000, fixed(2048), fixed(128)),
+    "sharegpt": Mix(1000, CHAT_PROMPT, CHAT_OUTPUT),
 }
+
+
+def mix_of(name: str, requests: int = 0) -> Mix:
+    """By name; requests: in place of its own number, if not 0."""
+    return replace(MIXES[name], requests=requests or MIXES[name].requests)

@@ -13,7 +13,7 @@ from tests.comm.wire import DATA_BYTES, WORLD_SIZES
 from tokenweave.comm import link as link_module
 from tokenweave.comm.link import Link, PacedTransport
 
-COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather_rows", "all_gather_columns")
+COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather_rows", "sum_rows", "all_gather_columns")
 IN_A_NAMESPACE = ["unshare", "--user", "--map-root-user", "--net"]
 
 
@@ -89,6 +89,7 @@ ARGUMENTS = {
     "all_reduce": (torch.zeros(2, 3),),
     "reduce_scatter": (torch.zeros(2, 3), [range(1), range(1, 2)], torch.zeros(1, 3)),
     "all_gather_rows": (torch.zeros(2, 3), [range(1), range(1, 2)]),
+    "sum_rows": (torch.zeros(2, 3), [range(1), range(1, 2)], torch.zeros(1, 3), print, torch.zeros(2, 3)),
     "all_gather_columns": (torch.zeros(2, 3), [torch.zeros(2, 3), torch.zeros(2, 3)]),
 }
 

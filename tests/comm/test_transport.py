@@ -8,6 +8,7 @@ from tokenweave.comm.transport import CollectiveTransport, GlooTransport, LocalT
 from tokenweave.shard import shards
 
 HIDDEN = 24
+WIDE = 512  # enough for a rank's rows to go in two pieces
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = (0, 1, 2, 3, 5, 64, 97)
 WIDTHS = (259, 8, 2, 1)  # of all ranks' columns together: from uneven parts to ranks with none
@@ -78,6 +79,25 @@ def rows_gathered(kind: type) -> list[torch.Tensor]:
     return results
 
 
+def rows_summed(kind: type, rows: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor, list[range]]]:
+    """Of each ownership: what a sum of rows gives whose finish doubles each row, the total, and the parts finished."""
+    transport, results = opened(kind), []
+    for owners in ownerships(rows, transport.world_size):
+        mine = owners[transport.rank]
+        total = torch.full((len(mine), WIDE), torch.nan)
+        out, finished = torch.full((rows, WIDE), torch.nan, dtype=dtype), []
+
+        def finish(part: range, total=total, out=out, mine=mine, finished=finished) -> None:
+            finished.append(part)
+            out[mine.start + part.start : mine.start + part.stop] = 2 * total[part.start : part.stop]
+
+        sent_bytes = transport.sum_rows(drawn(transport.rank, dtype, rows, WIDE), owners, total, finish, out)
+        sent_rows = rows - len(mine) + len(mine) * (transport.world_size - 1)
+        assert sent_bytes == sent_rows * WIDE * dtype.itemsize
+        results.append((out, total, finished))
+    return results
+
+
 def columns_gathered(kind: type) -> list[list[torch.Tensor]]:
     transport, results = opened(kind), []
     for dtype, rows in CASES:
@@ -137,12 +157,18 @@ def test_reduce_scatter_of_a_backend(ranks, world_size):
             torch.testing.assert_close(result, shard, rtol=world_size * 2**-8, atol=world_size * 2**-7)
 
 
+def sum_of(parts: list[torch.Tensor]) -> torch.Tensor:
+    """In rank order, in fp32."""
+    total = torch.zeros(parts[0].shape)
+    for part in parts:
+        total = total + part.float()
+    return total
+
+
 def expected_shards(world_size: int) -> list[tuple[int, list[torch.Tensor]]]:
     expected: list[tuple[int, list[torch.Tensor]]] = [(rank, []) for rank in range(world_size)]
     for dtype, rows in CASES:
-        total = torch.zeros(rows, HIDDEN)
-        for part in drawn_by_all(world_size, dtype, rows, HIDDEN):
-            total = total + part.float()
+        total = sum_of(drawn_by_all(world_size, dtype, rows, HIDDEN))
         for owners in ownerships(rows, world_size):
             for rank, owned in enumerate(owners):
                 expected[rank][1].append(total[owned.start : owned.stop])
@@ -158,6 +184,21 @@ def test_all_gather_rows(ranks, world_size, transport):
         for dtype, rows in CASES:
             for _ in ownerships(rows, world_size):
                 assert next(at).equal(drawn(0, dtype, rows, HIDDEN))
+
+
+@each_world
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [7, 1027])
+def test_a_sum_of_rows_is_its_three_steps(ranks, world_size, rows, dtype):
+    """Bitwise; where there are many rows, in two pieces."""
+    results = ranks(world_size).run(rows_summed, GlooTransport, rows, dtype)
+    total = sum_of(drawn_by_all(world_size, dtype, rows, WIDE))
+    for rank, of_rank in enumerate(results):
+        for owners, (out, shard, finished) in zip(ownerships(rows, world_size), of_rank, strict=True):
+            assert shard.equal(total[owners[rank].start : owners[rank].stop])
+            assert out.equal((2 * total).to(dtype))
+            assert [row for part in finished for row in part] == list(range(len(owners[rank])))
+    assert {len(of_rank[0][2]) for of_rank in results} == {2 if rows > 1000 else 1}
 
 
 @each_world

@@ -99,6 +99,7 @@ def collectives(transport: GlooTransport, data_bytes: int) -> dict[str, Callable
         "all_reduce": lambda: transport.all_reduce(data),
         "reduce_scatter": lambda: transport.reduce_scatter(data, owners, shard),
         "all_gather_rows": lambda: transport.all_gather_rows(data, owners),
+        "sum_rows": lambda: transport.sum_rows(data, owners, shard, lambda rows: None, data),
         "all_gather_columns": lambda: transport.all_gather_columns(data, outs),
     }
 

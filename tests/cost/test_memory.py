@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
+from perf.figure_11 import llama_70b
 from tests.checkpoints import ARCHITECTURES
 from tokenweave.cost.hardware import find_hardware
 from tokenweave.cost.memory import kv_bytes_per_token, memory_of, smallest_world_size, weights_bytes
@@ -15,16 +15,7 @@ from tokenweave.models.layers import Place
 from tokenweave.models.registry import read_config, read_spec
 
 H100 = find_hardware("h100-sxm")
-LLAMA_70B = read_shape(
-    LlamaConfig(
-        vocab_size=128256,
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-    )
-)
+LLAMA_70B = read_shape(llama_70b())
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "gemma2", "olmo2", "qwen3_moe"])

@@ -70,6 +70,21 @@ def test_predict_prefill_reads_the_curves(rows):
         assert woven_s * 1e3 == pytest.approx(row.published["overlap_fused"], rel=0.06)
 
 
+@needs_figures
+@pytest.mark.parametrize("mode", ["off", "fused", "weave"])
+@pytest.mark.parametrize("tokens", [4097, 65536])
+def test_measured_curves_serve_other_world_sizes(mode, tokens):
+    """From 2 to 8 ranks computing shrinks, and so do a sum's bytes: their floor is (1 + 1/W)."""
+    args = {"prompt_len": tokens, "collectives": REFERENCE}
+    by_world = {w: predict_prefill(SHAPE, world_size=w, mode=mode, **args) for w in (2, 4, 8)}
+    assert by_world[2] > by_world[4] > by_world[8]
+    if mode == "off":
+        alone_s = {w: predict_prefill(SHAPE, world_size=w, mode="nocomm", **args) for w in (2, 4, 8)}
+        sums_s = {w: by_world[w] - alone_s[w] for w in by_world}
+        assert sums_s[2] / sums_s[8] == pytest.approx(1.5 / 1.125, rel=0.02)
+        assert sums_s[4] / sums_s[8] == pytest.approx(1.25 / 1.125, rel=0.02)
+
+
 @given(
     tokens=st.integers(1, 70000), mode=st.sampled_from(MODES), hardware=st.sampled_from([known.name for known in KNOWN])
 )

@@ -7,7 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenweave.engine.batch import Batch, Half, Span
+from tokenweave.engine.batch import Batch, Span
+from tokenweave.engine.half import Half
+from tokenweave.engine.inputs import inputs_of
+from tokenweave.engine.packing import upload
 
 BLOCK_SIZE = 4
 
@@ -88,7 +91,8 @@ def test_whole_spans_stay_as_they_are():
 @given(batch=BATCHES)
 @settings(deadline=None, derandomize=True)
 def test_a_half_as_tensors(batch):
-    half = Half(batch, torch.empty(51, 1, 2, BLOCK_SIZE, 1, 8), channel=None)
+    (inputs,) = upload([inputs_of(batch, None)], torch.device("cpu"))
+    half = Half(batch, inputs, attention=None, channel=None)
     expected = rows(batch)
     assert half.token_ids.dtype == half.positions.dtype == torch.long
     assert half.token_ids.tolist() == [token for token, *_ in expected]

@@ -186,6 +186,25 @@ def test_completions_of_a_request_differ():
 # -- log-probabilities -------------------------------------------------------------------------------------------------
 
 
+def test_a_late_token_counts_where_its_id_does_not():
+    state = request(temperature=1.0, min_tokens=2, repetition_penalty=1.5)
+    one = state.completions[0]
+    push(state, b"4")
+    one.sequence.late, one.sequence.drawn_at = 1, 7
+    late = one.row()
+    assert (late.position, late.suppressed_token_ids, late.output_token_ids, late.late) == (8, (), (ord("4"),), 7)
+    one.sequence.late = 0
+    push(state, b"6")
+    known = one.row()
+    assert (known.position, known.suppressed_token_ids, known.late) == (8, (), None)
+
+
+def test_late_tokens_are_of_no_account_to_a_plain_greedy_row():
+    state = request()
+    state.completions[0].sequence.late = 1
+    assert state.completions[0].row() is GREEDY
+
+
 def test_logprobs_by_token():
     state = request(logprobs=2)
     state.completions[0].push(ord("4"), RowLogprobs([52, 53, 54], [-1.5, -0.5, -1.0], [3, 1, 2]))

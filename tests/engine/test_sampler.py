@@ -91,7 +91,7 @@ def test_a_greedy_batch_is_one_argmax_and_nothing_else():
         sampled = sample(logits, [GREEDY, SamplingRow()])
     assert operators.names == ["aten.argmax.default"]
     assert sampled.token_ids.tolist() == [1, 0]
-    assert sampled.logprobs == [None, None]
+    assert sampled.reports is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -104,7 +104,7 @@ def test_greedy_takes_the_first_of_equals(dtype):
 def test_no_rows():
     sampled = sample(torch.zeros(0, 5), [])
     assert sampled.token_ids.tolist() == []
-    assert sampled.logprobs == []
+    assert sampled.read() == []
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (5,)])
@@ -154,12 +154,12 @@ def test_the_guess_of_the_nucleus_does_not_show(monkeypatch):
     assert torch.equal(masks[1], masks[2])
 
 
-@pytest.mark.parametrize(("scale", "sorts"), [(8.0, 1), (0.01, 2)])
+@pytest.mark.parametrize(("scale", "sorts"), [(8.0, ["topk"]), (0.01, ["topk", "sort"])])
 def test_only_a_nucleus_larger_than_the_guess_costs_a_full_sort(scale, sorts):
     rows = [SamplingRow(temperature=1, top_p=0.9), SamplingRow(temperature=1, top_k=20)]
     with Operators() as operators:
         sample(normal(2, 5000, scale=scale), rows)
-    assert operators.names.count("aten.topk.default") == sorts
+    assert [name.split(".")[1] for name in operators.names if name.split(".")[1] in ("topk", "sort")] == sorts
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"min_p": 0.1}], ids=str)
@@ -210,7 +210,7 @@ def test_batch_composition_and_order_do_not_matter(dtype):
     shuffled = sample(logits[order], [rows[i] for i in order])
     assert shuffled.token_ids.tolist() == [together.token_ids[i].item() for i in order]
     for i, one in enumerate(alone):
-        assert one.logprobs[0] == together.logprobs[i] == shuffled.logprobs[order.index(i)]
+        assert one.read()[0] == together.read()[i] == shuffled.read()[order.index(i)]
 
 
 def test_greedy_rows_among_random_ones_are_greedy():
@@ -321,6 +321,24 @@ def test_top_k_counts_what_suppression_leaves():
     assert set(sample(logits.expand(300, -1), rows).token_ids.tolist()) == {1, 2}
 
 
+@pytest.mark.parametrize(
+    "penalties", [{"repetition_penalty": 2.0}, {"presence_penalty": 1.5, "frequency_penalty": 1.0}]
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_late_token_counts_like_a_known_one(penalties, temperature):
+    """It is found among the tokens of the step before."""
+    logits, previous = normal(20, 12, seed=4), torch.arange(100, 120) % 12
+    known, late = [], []
+    for i in range(20):
+        row = SamplingRow(temperature=temperature, key=i, position=3, output_token_ids=(5, i % 12), **penalties)
+        place = 19 - i
+        known.append(replace(row, output_token_ids=(5, i % 12, int(previous[place]))))
+        late.append(replace(row, late=place) if i % 3 else known[-1])
+    drawn = sample(logits, late, previous).token_ids.tolist()
+    assert drawn == sample(logits, known).token_ids.tolist()
+    assert drawn != sample(logits, [replace(row, late=None) for row in late]).token_ids.tolist()
+
+
 # --- log-probabilities -----------------------------------------------------------------------------------------------
 
 
@@ -334,7 +352,7 @@ def test_logprobs_are_of_the_raw_logits(dtype):
         reference = logits[i].float().log_softmax(-1).tolist()
         order = sorted(range(300), key=lambda token: (-reference[token], token))
         token = int(sampled.token_ids[i])
-        report = sampled.logprobs[i]
+        _, report = sampled.read()[i]
         assert report.token_ids == [token] + [other for other in order[: row.logprobs] if other != token]
         assert report.logprobs == pytest.approx([reference[other] for other in report.token_ids])
         assert report.ranks == [1 + sum(value > reference[other] for value in reference) for other in report.token_ids]
@@ -342,16 +360,17 @@ def test_logprobs_are_of_the_raw_logits(dtype):
 
 def test_tokens_of_equal_probability_share_a_rank_and_are_listed_by_id():
     logits = torch.tensor([[1.0, 5.0, 2.0, 2.0, 5.0, 2.0]])
-    report = sample(logits, [SamplingRow(logprobs=4)]).logprobs[0]
+    ((_, report),) = sample(logits, [SamplingRow(logprobs=4)]).read()
     assert (report.token_ids, report.ranks) == ([1, 4, 2, 3], [1, 1, 3, 3])
-    wide = sample(logits.expand(2, -1), [SamplingRow(logprobs=4), SamplingRow(logprobs=100)]).logprobs
-    assert wide[0] == report
-    assert wide[1].token_ids == [1, 4, 2, 3, 5, 0]
-    assert wide[1].ranks == [1, 1, 3, 3, 3, 6]
+    (_, narrow), (_, wide) = sample(logits.expand(2, -1), [SamplingRow(logprobs=4), SamplingRow(logprobs=100)]).read()
+    assert narrow == report
+    assert wide.token_ids == [1, 4, 2, 3, 5, 0]
+    assert wide.ranks == [1, 1, 3, 3, 3, 6]
 
 
 def test_only_rows_that_ask_get_logprobs():
-    first, second, third = sample(torch.zeros(3, 4), [GREEDY, SamplingRow(logprobs=0), GREEDY]).logprobs
+    sampled = sample(torch.zeros(3, 4), [GREEDY, SamplingRow(logprobs=0), GREEDY])
+    first, second, third = (report for _, report in sampled.read())
     assert first is third is None
     assert second is not None
     assert second.token_ids == [0]

@@ -42,10 +42,19 @@ class Job(Sequence):
 
     new_tokens: int = 1
     gives_up: int | None = None
+    drawn: list[int] = field(default_factory=list)  # prompt and output as the device knows them
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.drawn = list(self.prompt)
 
     @property
     def done(self) -> bool:
         return len(self.output) == self.new_tokens
+
+    def draw(self, vocabulary: int) -> None:
+        """The next token depends on those before it only, as a model's does."""
+        self.drawn.append(zlib.crc32(repr(self.drawn).encode()) % vocabulary)
 
 
 @dataclass
@@ -54,9 +63,11 @@ class Simulation:
 
     scheduler: Scheduler
     vocabulary: int = 2  # small, so that prefixes are shared
+    ahead: bool = False  # schedule a step before the tokens of the one before it are known
     salts: dict[int, int] = field(default_factory=dict)
     # What each place of a block holds: the sequence's salt, and all its tokens up to and with that place's.
     content: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    in_flight: list[list[Job]] = field(default_factory=list)  # who gets a token, of every step that is not taken in
     ended: list[Job] = field(default_factory=list)
     steps: int = 0
     computed_tokens: int = 0
@@ -65,8 +76,21 @@ class Simulation:
     def pool(self) -> BlockPool:
         return self.scheduler.pool
 
+    @property
+    def busy(self) -> bool:
+        return self.scheduler.busy or bool(self.in_flight)
+
     def step(self) -> list[Scheduled]:
         scheduled = self.scheduler.schedule()
+        if self.scheduler.busy:
+            self.launch(scheduled)
+        while len(self.in_flight) > bool(self.ahead and scheduled):
+            for job in self.in_flight.pop(0):
+                self.take_in(job)
+        self.check_digests()
+        return scheduled
+
+    def launch(self, scheduled: list[Scheduled]) -> None:
         self.check_limits(scheduled)
         self.check_owners(scheduled)
         for one in scheduled:
@@ -74,26 +98,27 @@ class Simulation:
         for one in scheduled:
             self.write(one)
         drawing = [one.sequence for one in scheduled if one.sequence.span(one.count).wanted]
-        self.scheduler.computed(scheduled)
+        self.scheduler.launched(scheduled)
         for job in drawing:
-            self.draw(job)
+            job.draw(self.vocabulary)
+        self.in_flight.append(drawing)
         self.check_digests()
         self.steps += 1
         self.computed_tokens += sum(one.count for one in scheduled)
-        return scheduled
 
-    def draw(self, job: Job) -> None:
-        """The next token depends on those before it only, as a model's does."""
-        job.tokens.append(zlib.crc32(repr(job.tokens).encode()) % self.vocabulary)
-        if job.done:
-            self.end(job)
+    def take_in(self, job: Job) -> None:
+        job.late -= 1
+        if job not in self.ended:
+            job.tokens.append(job.drawn[len(job.tokens)])
+            if job.done:
+                self.end(job)
 
     def end(self, job: Job) -> None:
         self.scheduler.finish(job)
         self.ended.append(job)
 
     def run(self) -> None:
-        while self.scheduler.busy:
+        while self.busy:
             self.step()
 
     # -- what must hold ------------------------------------------------------------------------------------------------
@@ -106,6 +131,9 @@ class Simulation:
         sequences = [one.sequence for one in scheduled]
         assert len(set(map(id, sequences))) == len(sequences)
         assert all(sequence in self.scheduler.running for sequence in sequences)
+        assert all(0 <= sequence.late <= 1 for sequence in sequences)
+        assert all(self.ahead or not sequence.late for sequence in sequences)
+        assert all(one.count == one.sequence.left == 1 for one in scheduled if one.sequence.late)
 
     def check_owners(self, scheduled: list[Scheduled]) -> None:
         """Blocks are enough, their users are counted, and what is written belongs to one sequence alone."""
@@ -137,13 +165,13 @@ class Simulation:
         """All context is in the cache, and is this sequence's."""
         sequence = one.sequence
         for at, place in enumerate(self.places(sequence, 0, sequence.computed)):
-            assert self.content[place] == (sequence.salt, tuple(sequence.tokens[: at + 1]))
+            assert self.content[place] == (sequence.salt, tuple(sequence.drawn[: at + 1]))
 
     def write(self, one: Scheduled) -> None:
         sequence = one.sequence
         stop = sequence.computed + one.count
         for at, place in enumerate(self.places(sequence, sequence.computed, stop), start=sequence.computed):
-            self.content[place] = (sequence.salt, tuple(sequence.tokens[: at + 1]))
+            self.content[place] = (sequence.salt, tuple(sequence.drawn[: at + 1]))
 
 
 def simulation(
@@ -153,8 +181,9 @@ def simulation(
     max_num_seqs: int = 8,
     caching: bool = True,
     policy: Policy | None = None,
+    ahead: bool = False,
 ) -> Simulation:
-    return Simulation(Scheduler(BlockPool(blocks, block_size, caching), budget, max_num_seqs, policy))
+    return Simulation(Scheduler(BlockPool(blocks, block_size, caching), budget, max_num_seqs, policy), ahead=ahead)
 
 
 def jobs(simulation: Simulation, *requests: tuple[int, int], distinct: bool = True) -> list[Job]:
@@ -191,6 +220,7 @@ def workloads(draw):
                 st.integers(0, 1),  # salt
                 st.none() | st.integers(0, 40),  # gives up at this step
                 st.booleans(),  # arrives as another completion of the request before it
+                st.booleans(),  # when it ends is known ahead
             ),
             min_size=1,
             max_size=9,
@@ -198,17 +228,19 @@ def workloads(draw):
     )
     arriving = []
     number = 0
-    for step, prompt, new_tokens, salt, gives_up, sibling in sorted(requests, key=lambda request: request[0]):
+    for step, prompt, new_tokens, salt, gives_up, sibling, known in sorted(requests, key=lambda request: request[0]):
         number += not sibling
-        arriving.append((step, Job(prompt, number, salt, new_tokens=new_tokens, gives_up=gives_up)))
-    longest = max(len(job.prompt) + job.new_tokens - 1 for _, job in arriving)
+        job = Job(prompt, number, salt, new_tokens if known else None, new_tokens=new_tokens, gives_up=gives_up)
+        arriving.append((step, job))
+    # One that ends unforeseen may have been computed a token too far.
+    longest = max(len(job.prompt) + job.new_tokens - bool(job.max_tokens) for _, job in arriving)
     blocks = -(-longest // block_size) + draw(st.integers(0, 12))
     policy = Policy(
         ORDERS[draw(st.sampled_from(sorted(ORDERS)))],
         BUDGETS[draw(st.sampled_from(sorted(BUDGETS)))],
         PREEMPTS[draw(st.sampled_from(sorted(PREEMPTS)))],
     )
-    limits = {"budget": draw(st.integers(1, 40)), "max_num_seqs": draw(st.integers(1, 6))}
+    limits = {"budget": draw(st.integers(1, 40)), "max_num_seqs": draw(st.integers(1, 6)), "ahead": draw(st.booleans())}
     return simulation(blocks, block_size, caching=draw(st.booleans()), policy=policy, **limits), arriving
 
 
@@ -218,15 +250,15 @@ def test_every_request_ends_and_every_block_comes_back(workload):
     simulation, arriving = workload
     everyone = [job for _, job in arriving]
     # In every step the longest running one gets on by a token at least, and it stays until it ends.
-    bound = sum(len(job.prompt) + job.new_tokens for job in everyone)
+    bound = sum(len(job.prompt) + job.new_tokens + simulation.ahead for job in everyone)
     now = 0
-    while arriving or simulation.scheduler.busy:
+    while arriving or simulation.busy:
         while arriving and arriving[0][0] <= now:
             simulation.scheduler.add(arriving.pop(0)[1])
         for job in (*simulation.scheduler.running, *simulation.scheduler.waiting):
             if job.gives_up is not None and job.gives_up <= now:
                 simulation.end(job)
-        if simulation.scheduler.busy:
+        if simulation.busy:
             simulation.step()
         assert simulation.steps <= bound
         now += 1
@@ -551,7 +583,8 @@ def test_completions_of_one_prompt_compute_it_once():
     scheduler.add(Sequence((50, 51, 52, 53, 54), arrival=1))
     first = scheduler.schedule()
     assert [one.count for one in first] == [18]
-    scheduler.computed(first)
+    scheduler.launched(first)
     first[0].sequence.tokens.append(1)
+    first[0].sequence.late -= 1
     second = scheduler.schedule()
     assert [one.count for one in second] == [1, 2, 2, 5]

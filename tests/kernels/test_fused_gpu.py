@@ -25,6 +25,7 @@ from tokenweave.kernels.driver import DriverError
 from tokenweave.kernels.fused import Geometry, Launch, Report, Variant
 from tokenweave.weave.lanes import InlineLane, StreamLane
 from tokenweave.weave.request import Norm, Reduce, Rows
+from tokenweave.weave.streams import CudaStreams
 
 pytestmark = pytest.mark.gpu
 
@@ -268,7 +269,7 @@ class OnStreams:
         self.virtual = VirtualRanks(world_size, layout, device(), timeout_s, residual_rows=1)
         wirings = [replace(wiring, one_shot_rows=one_shot_rows) for wiring in self.virtual.wirings]
         self.communicators = [FusedCommunicator(LocalTransport(), wiring) for wiring in wirings]
-        self.lanes = [StreamLane(device()) for _ in wirings]
+        self.lanes = [StreamLane(CudaStreams(device())) for _ in wirings]
 
     def open(self, rows: int) -> list[Any]:
         pairs = zip(self.communicators, self.lanes, strict=True)
@@ -376,7 +377,7 @@ def processes_follow_the_maths(one_shot_rows: int) -> list[list[torch.Tensor]]:
     communicators = {
         dtype: open_process(dtype, one_shot_rows, timeout_s=60.0) for dtype in (torch.float32, torch.bfloat16)
     }
-    lanes = (InlineLane(), StreamLane(device()))
+    lanes = (InlineLane(), StreamLane(CudaStreams(device())))
     results = [run_in_process(communicators[case.dtype], lanes[i % 2], case) for i, case in enumerate(CHANNEL_CASES)]
     dist.barrier()  # nobody lets go of memory that another still reads
     return results

@@ -2,114 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenweave.engine.batch import Batch, Span
-from tokenweave.engine.kv_cache import allocate_storage
-from tokenweave.models.attention import CAPPED_QUERIES, Options, PagedAttention
+from tests.texts import LAYERS, OPTIONS, PLAIN, Texts
+from tokenweave.models.attention import QUERIES, Options
 
-LAYERS = 2
-HEAD_DIM = 8
-
-
-@dataclass
-class Texts:
-    """Sequences with random queries, keys and values, and a cache of NaN into which batches of them are written."""
-
-    lengths: list[int]
-    block_size: int = 4
-    heads: int = 4
-    kv_heads: int = 2
-    dtype: torch.dtype = torch.float32
-    seed: int = 0
-    done: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(self.seed)
-        counts = [-(-length // self.block_size) for length in self.lengths]
-        free = torch.randperm(sum(counts) + 3, generator=generator).tolist()
-        self.tables = [tuple(free.pop() for _ in range(count)) for count in counts]
-        self.storage = allocate_storage(
-            sum(counts) + 3, LAYERS, self.block_size, self.kv_heads, HEAD_DIM, self.dtype, torch.device("cpu")
-        ).fill_(float("nan"))
-
-        def draw(heads: int) -> list[torch.Tensor]:
-            shape = (LAYERS, max(self.lengths), heads, HEAD_DIM)
-            return [torch.randn(*shape, generator=generator).to(self.dtype) for _ in self.lengths]
-
-        self.q, self.k, self.v = draw(self.heads), draw(self.kv_heads), draw(self.kv_heads)
-        self.done = [0] * len(self.lengths)
-
-    def step(self, counts: list[int], options: Options, cut: int | None = None) -> list[torch.Tensor]:
-        """The next `counts` tokens of every sequence, in halves if there is a cut; attended rows of layers 0, 1."""
-        spans = [
-            Span((0,) * count, self.done[i], self.tables[i], self.lengths[i]) for i, count in enumerate(counts) if count
-        ]
-        batch = Batch(tuple(spans))
-        halves = [batch] if cut is None else [batch.narrow(0, cut), batch.narrow(cut, batch.rows)]
-        bounds = [(0, batch.rows)] if cut is None else [(0, cut), (cut, batch.rows)]
-        paged = [PagedAttention(half.spans, self.storage) for half in halves]
-        attended = []
-        for layer in range(
-            LAYERS
-        ):  # layer by layer, as the weave does: the second half reads what the first has written
-            rows = [self.rows(of, counts, layer) for of in (self.q, self.k, self.v)]
-            parts = [
-                one(layer, *(x[start:stop] for x in rows), options)
-                for one, (start, stop) in zip(paged, bounds, strict=True)
-            ]
-            attended.append(torch.cat(parts))
-        self.done = [done + count for done, count in zip(self.done, counts, strict=True)]
-        return attended
-
-    def rows(self, of: list[torch.Tensor], counts: list[int], layer: int) -> torch.Tensor:
-        return torch.cat([of[i][layer, self.done[i] : self.done[i] + count] for i, count in enumerate(counts)])
-
-    def expected(self, counts: list[int], options: Options) -> list[torch.Tensor]:
-        """What the next step must give."""
-        return [
-            torch.cat(
-                [self.plain(layer, i, self.done[i], self.done[i] + count, options) for i, count in enumerate(counts)]
-            )
-            for layer in range(LAYERS)
-        ]
-
-    def plain(self, layer: int, i: int, start: int, stop: int, options: Options) -> torch.Tensor:
-        """Rows start..stop of sequence i: the formula, in fp64, one head and one query at a time."""
-        q, k, v = (of[i][layer].double() for of in (self.q, self.k, self.v))
-        out = torch.empty(stop - start, self.heads, HEAD_DIM, dtype=torch.float64)
-        for at in range(start, stop):
-            first = 0 if options.window is None else max(0, at - options.window + 1)
-            for head in range(self.heads):
-                shared = head * self.kv_heads // self.heads
-                scores = k[first : at + 1, shared] @ q[at, head] * options.scale
-                if options.softcap is not None:
-                    scores = options.softcap * torch.tanh(scores / options.softcap)
-                out[at - start, head] = scores.softmax(0) @ v[first : at + 1, shared]
-        return out.flatten(1)
-
-    def check(self, counts: list[int], options: Options, cut: int | None = None) -> None:
-        expected = self.expected(counts, options)
-        for got, plain in zip(self.step(counts, options, cut), expected, strict=True):
-            assert got.dtype == self.dtype
-            tolerance = 2e-5 if self.dtype == torch.float32 else 0.03
-            torch.testing.assert_close(got.double(), plain, rtol=0, atol=tolerance)
-
-
-PLAIN = Options(scale=0.35)
-OPTIONS = {
-    "plain": PLAIN,
-    "window": Options(0.35, window=5),
-    "window of one": Options(0.35, window=1),
-    "wide window": Options(0.35, window=1000),
-    "soft cap": Options(0.35, softcap=1.5),
-    "window and soft cap": Options(0.35, window=6, softcap=1.5),
-}
 each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
@@ -140,6 +40,15 @@ def test_prompts_beside_sequences_that_decode(options):
 
 
 @each_option
+@pytest.mark.parametrize("cut", [None, 4, 8, 9])
+def test_rows_that_make_logits_alone(options, cut):
+    texts = Texts([9, 14, 3, 4], block_size=3)
+    texts.step([5, 2, 2, 0], options)
+    texts.check([1, 11, 1, 4], options, cut, wanted=[1, 1, 1, 0])
+    texts.check([3, 1, 0, 0], options, None if cut is None else 2, wanted=[2, 1, 0, 0])
+
+
+@each_option
 @pytest.mark.parametrize("cut", range(1, 13))
 def test_any_cut_into_halves(options, cut):
     """Through the middle of a sequence too: the second half's queries see the first half's keys."""
@@ -160,9 +69,18 @@ def test_decoding_groups_of_very_different_lengths(options):
 @pytest.mark.parametrize("window", [None, 300])
 def test_soft_cap_of_more_queries_than_are_computed_at_a_time(window):
     options = Options(0.35, window, softcap=1.5)
-    texts = Texts([CAPPED_QUERIES + 40], block_size=64, heads=2)
-    texts.check([CAPPED_QUERIES + 7], options)
+    texts = Texts([QUERIES + 40], block_size=64, heads=2)
+    texts.check([QUERIES + 7], options)
     texts.check([33], options)
+
+
+@pytest.mark.parametrize("window", [None, 1, 100, QUERIES, 2 * QUERIES + 50])
+@pytest.mark.parametrize("context", [0, 5, QUERIES])
+def test_more_queries_than_are_computed_at_a_time(window, context):
+    texts = Texts([context + 2 * QUERIES + 9], block_size=64, heads=2)
+    if context:
+        texts.step([context], Options(0.35, window))
+    texts.check([2 * QUERIES + 7], Options(0.35, window))
 
 
 def test_bfloat16():

@@ -48,6 +48,19 @@ def test_an_id_is_downloaded(folder, downloads, hub_id):
     assert downloads == [hub_id]
 
 
+@pytest.mark.parametrize("weights", [True, False])
+def test_weights_can_be_left_out_of_a_download(folder, weights, monkeypatch):
+    ignored = []
+
+    def snapshot_download(hub_id: str, **options) -> str:
+        ignored.extend(options["ignore_patterns"])
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    resolve("org/name", weights=weights)
+    assert ("*.safetensors" in ignored) is not weights
+
+
 @pytest.mark.parametrize("path", ["/no/such", "./no", "../no", "~/no", "a/b/c", "no/", Path("no")], ids=str)
 def test_a_path_that_does_not_exist(downloads, path):
     with pytest.raises(CheckpointError, match=r"\Amodel folder '.*' does not exist; give a folder or a hub id"):

@@ -22,7 +22,6 @@ from tokenweave.cost.machine import usable_cores
 from tokenweave.engine.rank import local_place, pick_device
 from tokenweave.engine.workers import share_cores
 
-SUMMARY = "measure this machine: GEMMs, attention, memory, and sums between ranks"
 EXPECTED_S = 15.0
 
 DESCRIPTION = """\

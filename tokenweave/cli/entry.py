@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 import tokenweave
-from tokenweave.cli import calibrate, generate, plan, tune
 from tokenweave.cli.failure import report
 from tokenweave.cli.parser import Parser
 from tokenweave.cli.stdout import own_stdout
 
-# A command is a module with SUMMARY (one line), parser() -> Parser and run(options, out) -> None.
-COMMANDS = {"generate": generate, "plan": plan, "calibrate": calibrate, "tune": tune}
+# A command is a module of this package with parser() -> Parser and run(options, out) -> None, imported only when it is
+# asked for: `plan` needs none of the seconds that importing torch takes.
+COMMANDS = {
+    "generate": "complete prompts with a language model",
+    "plan": "predict latency, throughput and memory of a model on so many GPUs",
+    "calibrate": "measure this machine: GEMMs, attention, memory, and sums between ranks",
+    "tune": "find the fastest way to run a model's steps on this machine, and keep it",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,14 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str], rank: int) -> None:
     chosen = top_parser().parse_args(argv)
-    command = COMMANDS[chosen.command]
+    command = importlib.import_module(f"tokenweave.cli.{chosen.command}")
     options = command.parser().parse(chosen.arguments)
     with own_stdout(speaks=rank == 0) as out:
         command.run(options, out)
 
 
 def top_parser() -> Parser:
-    commands = "\n".join(f"  {name:<10} {command.SUMMARY}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:<10} {summary}" for name, summary in COMMANDS.items())
     parser = Parser(
         prog="tokenweave",
         usage="tokenweave [--help] [--version] COMMAND ...",

@@ -9,13 +9,9 @@ import sys
 import time
 import traceback
 
-import torch
-
-from tokenweave.comm.group import PeerError
-
 INPUT_ERRORS = (ValueError, TypeError, FileNotFoundError)
 # Failures that say what happened; of any other kind, where it happened is worth knowing, too.
-CLEAR_FAILURES = (PeerError, OSError, MemoryError, torch.OutOfMemoryError)
+CLEAR_FAILURES = (OSError, MemoryError)
 
 # A launcher ends all ranks as soon as it sees that one has ended. The others therefore let rank 0 speak and end first.
 RANK_0_FIRST_S = 10.0
@@ -32,7 +28,7 @@ def report(error: BaseException, rank: int) -> int:
 
 def is_known_to_rank_0(error: BaseException) -> bool:
     """Whether rank 0 reports this as well: it got the same input, the same Ctrl-C, or was told by the rank itself."""
-    return isinstance(error, (*INPUT_ERRORS, PeerError, KeyboardInterrupt, BrokenPipeError))
+    return isinstance(error, (*INPUT_ERRORS, *peer_errors(), KeyboardInterrupt, BrokenPipeError))
 
 
 def describe(error: BaseException, rank: int = 0) -> str:
@@ -43,10 +39,23 @@ def describe(error: BaseException, rank: int = 0) -> str:
     if isinstance(error, KeyboardInterrupt):
         return f"{who}: interrupted\n"
     text = " ".join(str(error).splitlines())
-    if isinstance(error, (*INPUT_ERRORS, PeerError)):
+    if isinstance(error, (*INPUT_ERRORS, *peer_errors())):
         return f"{who}: error: {text}\n"
-    where = "" if isinstance(error, CLEAR_FAILURES) else "".join(traceback.format_exception(error))
+    is_clear = isinstance(error, (*CLEAR_FAILURES, *out_of_memory_errors()))
+    where = "" if is_clear else "".join(traceback.format_exception(error))
     return f"{where}{who}: error: {type(error).__name__}: {text}\n"
+
+
+def peer_errors() -> tuple[type[BaseException], ...]:
+    """PeerError, where its module was imported: nobody else can have raised it, and torch takes seconds to import."""
+    group = sys.modules.get("tokenweave.comm.group")
+    return () if group is None else (group.PeerError,)
+
+
+def out_of_memory_errors() -> tuple[type[BaseException], ...]:
+    """torch's, where torch was imported."""
+    torch = sys.modules.get("torch")
+    return () if torch is None else (torch.OutOfMemoryError,)
 
 
 def exit_code(error: BaseException) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tokenweave.comm.choice import Choice
 from tokenweave.config import EngineConfig
+from tokenweave.engine.memory import Memory
 from tokenweave.outputs import RequestMetrics, RequestOutput
 from tokenweave.trace.overlap import OverlapSummary
 from tokenweave.trace.spans import Span
@@ -44,7 +45,8 @@ class Figures:
 
 @dataclass(frozen=True)
 class Run:
-    """All that can be said of one run. woven: (steps in two halves, all steps); overlap and woven need a trace."""
+    """All that can be said of one run. woven: (steps in two halves, all steps); overlap and woven need a trace.
+    memory: of rank 0."""
 
     config: EngineConfig
     world_size: int
@@ -55,6 +57,7 @@ class Run:
     overlap: OverlapSummary | None
     woven: tuple[int, int]
     comm: Choice
+    memory: Memory
 
     @property
     def no_overlap(self) -> str | None:

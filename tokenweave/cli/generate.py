@@ -26,8 +26,6 @@ from tokenweave.llm import LLM
 from tokenweave.outputs import RequestOutput
 from tokenweave.sampling_params import SamplingParams
 
-SUMMARY = "complete prompts with a language model"
-
 
 def parser() -> Parser:
     return make_parser(str(embedded.path()))
@@ -41,9 +39,9 @@ def run(options: argparse.Namespace, out: TextIO) -> None:
     printer = pick_printer(out, prompts, params.n, json=options.json, stream=options.stream)
     with LLM(**vars(config)) as llm:
         outputs = complete(llm, prompts, params, options.chat, printer)
-        world_size, device, comm = llm.world_size, llm.device.type, llm.comm
+        world_size, device, comm, memory = llm.world_size, llm.device.type, llm.comm, llm.memory
         overlap, woven = llm.overlap_summary(), count_woven(llm.spans)
-    printer.finish(Run(config, world_size, device, prompts, outputs, figures(outputs), overlap, woven, comm))
+    printer.finish(Run(config, world_size, device, prompts, outputs, figures(outputs), overlap, woven, comm, memory))
 
 
 def prompts_of(options: argparse.Namespace) -> list[str]:

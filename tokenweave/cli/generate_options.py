@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tokenweave.cli.options import Option
 from tokenweave.comm.choice import COMMS
-from tokenweave.config import DEVICES, DTYPES, OVERLAPS
+from tokenweave.config import DEVICES, DTYPES, LOAD_FORMATS, OVERLAPS
+from tokenweave.engine.attention import ATTENTIONS
 
 MODEL = (
     Option(
@@ -15,6 +16,17 @@ MODEL = (
     ),
     Option("dtype", "of weights and activations; auto: the checkpoint's own on CUDA, float32 on a CPU", choices=DTYPES),
     Option("device", "auto: CUDA where there is one", choices=DEVICES),
+    Option(
+        "attention",
+        "flashinfer: its kernels, where it is installed; triton: our own; torch: plain operators, for a CPU; auto: on "
+        "CUDA the first of these that is there",
+        choices=ATTENTIONS,
+    ),
+    Option(
+        "load_format",
+        "auto: the model's safetensors; dummy: random weights, to measure a shape for which config.json is enough",
+        choices=LOAD_FORMATS,
+    ),
     Option(
         "overlap",
         "off: plain all-reduce, the baseline; fused: sums in shards, batches not split; weave: two halves, one "
@@ -56,7 +68,15 @@ ENGINE = (
     Option("max_num_seqs", "sequences that run at once", "N"),
     Option("max_model_len", "most tokens of a prompt and its completion (default: what the model was made for)", "N"),
     Option("block_size", "tokens of one block of the KV cache", "N"),
-    Option("num_kv_blocks", "blocks of the KV cache (default: as needed, within a share of the free memory)", "N"),
+    Option("num_kv_blocks", "blocks of the KV cache (default: by --gpu-memory-utilization; on a CPU, as needed)", "N"),
+    Option("gpu_memory_utilization", "share of a GPU's memory for weights, activations and KV cache", "X"),
+    Option(
+        "async_scheduling",
+        "prepare and launch a step before the tokens of the last are known (default: on CUDA, where that hides the "
+        "host's work)",
+    ),
+    Option("enforce_eager", "queue every step anew, with no CUDA graphs"),
+    Option("cuda_graph_max_tokens", "the largest prefill step that is captured in a CUDA graph", "N"),
     Option("enable_prefix_caching", "do not reuse the keys and values of equal beginnings", name="prefix_caching"),
     Option("seed", "what prompts without --request-seed draw from", "SEED"),
     Option("timeout_s", "the bound on every wait for another rank", "SECONDS"),

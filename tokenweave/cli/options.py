@@ -15,7 +15,7 @@ SAME = object()  # the default is the dataclass's
 class Option:
     """How one field of a dataclass is set on the command line. name: of the option, the field's name if empty.
 
-    A field that is true by default gets the option --no-NAME.
+    A field that is true by default gets the option --no-NAME; one that may be None, --NAME and --no-NAME.
     """
 
     field: str
@@ -43,6 +43,10 @@ def add_option(group: Any, option: Option, default: Any, hint: Any) -> None:
     if hint is bool:
         flag, action = (f"no-{flag}", "store_false") if default else (flag, "store_true")
         group.add_argument(f"--{flag}", dest=option.dest, action=action, help=option.help)
+        return
+    if bool in get_args(hint):
+        keywords: dict[str, Any] = {"default": default, "action": argparse.BooleanOptionalAction}
+        group.add_argument(f"--{flag}", dest=option.dest, help=option.help, **keywords)
         return
     shown = "" if default is None else " (default: %(default)s)"
     keywords = how_to_read(hint) | ({"choices": option.choices} if option.choices else {"metavar": option.metavar})

@@ -16,8 +16,6 @@ from tokenweave.cost.hardware import find_hardware
 from tokenweave.cost.sizing import Sizer
 from tokenweave.cost.workload import Workload
 
-SUMMARY = "predict latency, throughput and memory of a model on so many GPUs"
-
 
 def parser() -> Parser:
     return make_parser()

@@ -70,4 +70,13 @@ def nearest(model: str) -> str:
 
 
 def expected() -> str:
-    return f"give a folder, a config.json, a hub id 'org/name', or one of {', '.join(sorted(PUBLISHED))}"
+    return f"give a folder, a config.json, a hub id 'org/name', or one of {', '.join(families())}"
+
+
+def families() -> list[str]:
+    """The published models in short: Llama-2-7B/13B/70B."""
+    sizes: dict[str, list[str]] = {}
+    for name in PUBLISHED:
+        family, _, size = name.rpartition("-")
+        sizes.setdefault(family, []).append(size)
+    return [f"{family}-{'/'.join(each)}" for family, each in sorted(sizes.items())]

@@ -64,7 +64,7 @@ def of_targets(report: Report) -> Iterator[str]:
 
 
 def of_sizes(report: Report) -> Iterator[str]:
-    rows: list[Cells] = [("GPUs", "TTFT", "TPOT", "tokens/s", "a GPU", "at once", "gain")]
+    rows: list[Cells] = [("GPUs", "TTFT", "TPOT", "tokens/s", "a GPU", "at once", "TTFT gain")]
     for size in report.sizes:
         auto, off = size.serving["auto"], size.serving["off"]
         gain = f"{off.ttft_s / auto.ttft_s:.2f}x" if auto and off else "-"
@@ -72,7 +72,7 @@ def of_sizes(report: Report) -> Iterator[str]:
     lines = list(aligned(rows))
     notes = ["", *(remark(size, report.workload) for size in report.sizes)]
     yield from (f"{line}  {note}".rstrip() for line, note in zip(lines, notes))
-    yield "gain: of TTFT, by overlap=auto over off"
+    yield "TTFT gain: by overlap=auto over off"
     advice = report.advice
     if advice.fewest is None:
         yield labelled("advice", "none of these meets the targets")
@@ -92,6 +92,9 @@ def remark(size: Size, workload: Workload) -> str:
 
 
 def of_gains(report: Report) -> Iterator[str]:
+    if report.size.world_size == 1:
+        yield "prefill of one prompt: one device has nothing to sum, so nothing to gain; --tp N shows the gains of N"
+        return
     rows: list[Cells] = [("tokens", "off", "fused", "weave", "no sums", "plan")]
     for gain in report.gains:
         gains = (f"{value:.2f}x" for value in (gain.fused, gain.weave, gain.nocomm))
@@ -104,7 +107,7 @@ def of_what_if(report: Report) -> Iterator[str]:
     if not report.what_if:
         return
     now = next((gain.planned for gain in report.gains if gain.tokens == report.workload.prompt_len), None)
-    rows: list[Cells] = [("what if", "TTFT", "TPOT", "tokens/s", "a GPU", "at once", "gain")]
+    rows: list[Cells] = [("what if", "TTFT", "TPOT", "tokens/s", "a GPU", "at once", "prefill gain")]
     cells = of_serving(report.size.serving["auto"], report.size.world_size)
     rows.append(("as it is", *cells, "" if now is None else f"{now:.2f}x"))
     for one in report.what_if:

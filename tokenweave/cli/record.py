@@ -21,6 +21,7 @@ def record(run: Run) -> dict[str, Any]:
         "device": run.device,
         "overlap": config.overlap,
         "comm": asdict(run.comm),
+        "memory": asdict(run.memory),
         "simulated_link": None if config.link is None else asdict(config.link),
         "figures": asdict(run.figures) | {"tokens_per_s": run.figures.tokens_per_s},
         "communication": None if run.no_overlap or run.overlap is None else asdict(run.overlap) | woven,

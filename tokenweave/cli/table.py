@@ -33,6 +33,7 @@ def of_tokens(run: Run) -> Iterator[Row]:
 
 def of_ranks(run: Run) -> Iterator[Row]:
     yield "ranks", f"{run.world_size} on {run.device}, --overlap {run.config.overlap}"
+    yield "memory", str(run.memory)
     if run.world_size > 1 and run.config.overlap != "off":
         yield "sums", f"{run.comm.implementation}: {run.comm.reason}"
     if run.config.link is not None:

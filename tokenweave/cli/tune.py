@@ -24,7 +24,6 @@ from tokenweave.cost.tuned import VERSION, Key, Store, TunedLimits, TunedStep
 from tokenweave.engine.at_hand import cost_of, key_of
 from tokenweave.engine.stepper import Stepper
 
-SUMMARY = "find the fastest way to run a model's steps on this machine, and keep it"
 LEAST_ROWS = 64  # of the default row counts
 
 DESCRIPTION = """\
@@ -84,11 +83,11 @@ def engine_options() -> list[Any]:
 
 
 def row_counts(text: str) -> tuple[int, ...]:
-    """Raises ValueError, which argparse reports, for anything but numbers with commas between."""
-    return tuple(sorted({int(part) for part in text.split(",")}))
-
-
-row_counts.__name__ = "row counts"  # argparse's messages name it
+    """Raises argparse's error for anything but numbers with commas between."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"expected row counts with commas between, such as 256,512,1024; got {text!r}")
+    return tuple(sorted({int(part) for part in parts}))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -15,9 +16,11 @@ COMMS = ("auto", "multimem", "peer", "sharded")
 
 @dataclass(frozen=True)
 class Facts:
-    """What one rank reports of itself. uuid, reachable: this GPU, and the GPUs of this host that it can address."""
+    """What one rank reports of itself. host_id tells hosts apart; host is for people. uuid, reachable: this GPU, and
+    the GPUs of this host that it can address."""
 
     host: str
+    host_id: str
     device: str  # "cpu" | "cuda"
     uuid: str = ""
     capability: tuple[int, int] = (0, 0)
@@ -65,8 +68,8 @@ def no_peer(facts: list[Facts], dtype: torch.dtype, hidden_size: int) -> str:
             return f"rank {rank}: {each.missing}"
         if each.capability < (8, 0):
             return f"rank {rank} has compute capability {dotted(each.capability)}, and the fused kernel needs 8.0"
-        if each.host != facts[0].host:
-            return f"rank {rank} is on host {each.host}, and rank 0 on {facts[0].host}: no pointer crosses hosts"
+    if len({each.host_id for each in facts}) > 1:
+        return f"the ranks are on several hosts ({spread_of(facts)}), and no pointer crosses hosts"
     for rank, each in enumerate(facts):
         for peer, other in enumerate(facts):
             if each.uuid != other.uuid and other.uuid not in each.reachable:
@@ -88,6 +91,17 @@ def no_multimem(facts: list[Facts], dtype: torch.dtype, hidden_size: int) -> str
     return ""
 
 
+def spread_of(facts: list[Facts]) -> str:
+    """Which ranks are where: a host by its name, and by its id too where another has the same name."""
+    names = {each.host_id: each.host for each in facts}
+    places = []
+    for host_id, name in names.items():
+        ranks = [str(rank) for rank, each in enumerate(facts) if each.host_id == host_id]
+        label = name if list(names.values()).count(name) == 1 else f"{name} {host_id[:8]}"
+        places.append(f"{label}: {', '.join(ranks)}")
+    return "; ".join(places)
+
+
 def dotted(capability: tuple[int, int]) -> str:
     return "{}.{}".format(*capability)
 
@@ -95,11 +109,12 @@ def dotted(capability: tuple[int, int]) -> str:
 def facts_of(device: torch.device) -> Facts:
     """What this rank has."""
     if device.type != "cuda":
-        return Facts(socket.gethostname(), device.type)
+        return Facts(socket.gethostname(), host_id(), device.type)
     properties = torch.cuda.get_device_properties(device)
     others = [index for index in range(torch.cuda.device_count()) if index != device.index]
     return Facts(
         host=socket.gethostname(),
+        host_id=host_id(),
         device="cuda",
         uuid=str(properties.uuid),
         capability=(properties.major, properties.minor),
@@ -111,6 +126,13 @@ def facts_of(device: torch.device) -> Facts:
         ),
         missing=missing_compiler((properties.major, properties.minor)),
     )
+
+
+def host_id() -> str:
+    """The same for all processes of a host since it started, and of no other: Linux's boot id, since hosts may share a
+    name, as containers do. Elsewhere the name must do."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    return boot_id.read_text().strip() if boot_id.is_file() else socket.gethostname()
 
 
 def has_multicast(device: torch.device) -> bool:

@@ -68,17 +68,33 @@ class Channel:
         return self.lane.submit(run, kind=kind, site=site, half=self.half, rows=rows)
 
     def _reduce(self, request: Any) -> Hidden:
-        total, residual = request.partial, self.residual
-        if request.rows is not None and residual is not None:
-            residual = residual.index_select(0, request.rows.index)
+        total = request.partial
         self.sent_bytes += self.transport.all_reduce(total)
-        self.residual = add_up(total, residual, request)
-        return Hidden(normed(self.residual, request.norm, self.buffers.hidden[: len(total)]))
+        out = self.buffers.hidden[: len(total)]
+        rows = None if request.rows is None else request.rows.index
+        self.residual = settle(total, self.residual, request, out, rows)
+        return Hidden(out)
 
     def _gather(self, request: Any) -> Tensor:
         outs = [request.part.new_empty(len(request.part), width) for width in request.widths]
         self.sent_bytes += self.transport.all_gather_columns(request.part, outs)
         return torch.cat(outs, dim=1)
+
+
+def settle(total: Tensor, residual: Tensor | None, request: Any, out: Tensor, rows: Tensor | None = None) -> Tensor:
+    """What follows a sum: add_up, then normed into `out`; on CUDA in one kernel. Returns the residual.
+
+    rows: int64, the rows of the residual that are still alive, one for each of `total`; None: all of them.
+    """
+    if total.is_cuda:
+        from tokenweave.kernels.rms_norm import residual_rms_norm
+
+        return residual_rms_norm(total, residual, out, request.bias, request.post_norm, request.norm, rows)
+    if residual is not None and rows is not None:
+        residual = residual.index_select(0, rows)
+    residual = add_up(total, residual, request)
+    normed(residual, request.norm, out)
+    return residual
 
 
 def add_up(total: Tensor, residual: Tensor | None, request: Any) -> Tensor:
@@ -113,11 +129,17 @@ class ShardedChannel(Channel):
             self._keep(request.rows)
         mine = self.owners[self.rank]
         total = self.buffers.total[: len(mine)]
-        self.sent_bytes += self.transport.reduce_scatter(partial, self.owners, total)
-        self.residual = add_up(total, self.residual, request)
         out = self.buffers.hidden[: len(partial)]
-        normed(self.residual, request.norm, out[mine.start : mine.stop])
-        self.sent_bytes += self.transport.all_gather_rows(out, self.owners)
+        residuals: list[Tensor] = []
+
+        def finish(rows: range) -> None:
+            part = slice(rows.start, rows.stop)
+            old = None if self.residual is None else self.residual[part]
+            residuals.append(settle(total[part], old, request, out[mine.start : mine.stop][part]))
+
+        self.sent_bytes += self.transport.sum_rows(partial, self.owners, total, finish, out)
+        if self.residual is None:
+            self.residual = torch.cat(residuals) if len(residuals) > 1 else residuals[0]
         return Hidden(out)
 
     def _keep(self, rows: Any) -> None:
@@ -161,5 +183,5 @@ class Communicator:
             self._halves.append(self._make())
         return FORMS[form](rows, half, self._halves[half], self.transport, lane, self.rank)
 
-    def finish(self) -> None:
-        """Wait, where launches may give up on a rank, for all that is queued. Raises PeerError if one did."""
+    def check(self) -> None:
+        """Raises PeerError if a launch that is done gave up on a rank. Does not wait."""

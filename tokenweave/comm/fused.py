@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,7 +19,6 @@ from tokenweave.comm.transport import Transport
 from tokenweave.kernels.fused import MAX_BLOCKS, REASONS, Geometry, Launch, Report, Variant
 from tokenweave.shard import shards
 
-POLL_S = 20e-6  # between two looks at a step that runs
 HOP_US = 1.0  # what the second shot adds to the first: a store that must arrive before the exit barrier (NVLink)
 SM_BYTES_PER_US = 32_000  # what one SM moves: 64 KB in flight, about 2 us under load
 
@@ -213,20 +211,6 @@ class FusedCommunicator(Communicator):
             self.poison = PeerError(explain(report, self.wiring.timeout_s))
         if self.poison is not None:
             raise self.poison
-
-    def finish(self) -> None:
-        """As the contract. It looks for a report while it waits: behind a launch that gave up, collectives may be
-        queued that never end. Raises TimeoutError where nothing ends and nothing is reported."""
-        if self.wiring.memory.local.is_cuda:
-            deadline_s = time.monotonic() + 2 * self.wiring.timeout_s
-            done = torch.cuda.Event()
-            done.record()
-            while not done.query():
-                self.check()
-                if time.monotonic() > deadline_s:
-                    raise TimeoutError(f"this rank's GPU has not finished a step for {2 * self.wiring.timeout_s:g} s")
-                time.sleep(POLL_S)
-        self.check()
 
     def reset(self, meet: Callable[[], Any]) -> None:
         """Collective: start again after a report. meet: comes back once every rank has called it."""

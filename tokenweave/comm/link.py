@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from tokenweave.comm.transport import Finish, Transport
+
 
 @dataclass(frozen=True)
 class Link:
@@ -31,13 +33,13 @@ class Link:
         return self.latency_s + sent_bytes / self.bandwidth_bytes_per_s
 
 
-class PacedTransport:
+class PacedTransport(Transport):
     """Another transport, slowed down to a `Link`."""
 
     def __init__(self, transport: Any, link: Link):
         self.transport = transport
         self.link = link
-        self.world_size = transport.world_size
+        self.rank, self.world_size = transport.rank, transport.world_size
 
     def all_reduce(self, total: Tensor) -> int:
         return self._paced(self.transport.all_reduce, total)
@@ -47,6 +49,9 @@ class PacedTransport:
 
     def all_gather_rows(self, rows: Tensor, owners: list[range]) -> int:
         return self._paced(self.transport.all_gather_rows, rows, owners)
+
+    def sum_rows(self, partial: Tensor, owners: list[range], total: Tensor, finish: Finish, out: Tensor) -> int:
+        return self._paced(self.transport.sum_rows, partial, owners, total, finish, out)
 
     def all_gather_columns(self, part: Tensor, outs: list[Tensor]) -> int:
         return self._paced(self.transport.all_gather_columns, part, outs)

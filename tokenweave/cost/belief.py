@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import Any
 
@@ -68,8 +68,7 @@ def believe(
     log_s = np.empty((draws, len(cases)))
     for draw in range(draws):
         drawn = redraw_cost(cost, random, spread)
-        steps = {rows: Step(drawn, Batch([Chunk(rows)])) for rows in {rows for rows, _ in cases}}
-        log_s[draw] = [math.log(steps[rows].seconds(choice)) for rows, choice in cases]
+        log_s[draw] = np.log(list(case_seconds(drawn, cases)))
         progress()
     return Belief(cases, log_s, CUT_MISFIT if cost.hardware.tiles else CPU_CUT_MISFIT)
 
@@ -80,3 +79,11 @@ def expected_improvement(mean: np.ndarray, deviation: np.ndarray, best: float) -
     density = np.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
     below = 0.5 * (1 + np.array([math.erf(x / math.sqrt(2)) for x in z]))
     return deviation * (z * below + density)
+
+
+def case_seconds(cost: Cost, cases: Sequence[Case]) -> Iterator[float]:
+    """What the model says of each case."""
+    steps = {rows: Step(cost, Batch([Chunk(rows)])) for rows in {rows for rows, _ in cases}}
+    for rows, step in steps.items():
+        step.all_seconds([choice for of, choice in cases if of == rows])
+    return (steps[rows].seconds(choice) for rows, choice in cases)

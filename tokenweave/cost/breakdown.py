@@ -51,12 +51,12 @@ def _shares(step: Step, part: Part, mode: str) -> Iterator[tuple[str, float]]:
     for gemms, count in ((part.gemms, rows), (part.live_gemms, live)):
         for gemm in gemms if count else ():
             compute_s, memory_s = gemm.compute_s(count, sms), gemm.memory_s(count)
-            yield "gemm_compute_s" if compute_s >= memory_s else "gemm_memory_s", max(compute_s, memory_s)
+            yield "gemm_compute_s" if compute_s >= memory_s else "gemm_memory_s", float(max(compute_s, memory_s))
     if part.attends and rows:
         time = work.attention[part.window]
-        yield "attention_compute_s", max(time.compute_s, time.longest_s) * live / rows
-        yield "attention_memory_s", time.memory_s * live / rows
+        yield "attention_compute_s", float(max(time.compute_s, time.longest_s)) * live / rows
+        yield "attention_memory_s", float(time.memory_s) * live / rows
     yield "memory_s", rows * part.row_bytes / cost.bandwidth
     normed = not part.gathers and live > 0 and (mode != "fused" or cost.world_size == 1)
     yield "memory_s", live * cost.norm_row_s if normed else 0.0
-    yield "communication_s", cost.request_s(part, live, mode) - (cost.norm_s(live) if normed else 0.0)
+    yield "communication_s", float(cost.request_s(part, work, mode)) - (cost.norm_s(live) if normed else 0.0)

@@ -28,6 +28,7 @@ from tokenweave.cost.hardware import Hardware, as_json, find_hardware, parse_har
 from tokenweave.cost.machine import calibrated, calibration_path, data_sheet, machine_name
 from tokenweave.cost.ops import Attention, Gemm
 from tokenweave.cost.store import write_json
+from tokenweave.models.layers import linear
 
 POINT_S = 0.25  # of repeats of one point, at most; each is run LEAST times in any case
 LEAST, MOST = 3, 50
@@ -119,7 +120,7 @@ def gemms(sizes: dict[str, Any], dtype: torch.dtype, device: torch.device) -> It
         weight = torch.randn(n, k, dtype=dtype, device=device)
         for rows in sizes["rows"]:
             x, out = torch.randn(rows, k, dtype=dtype, device=device), weight.new_empty(rows, n)
-            seconds = timed(partial(torch.mm, x, weight.T, out=out), device)
+            seconds = timed(partial(linear, x, weight, out=out), device)
             yield Point("gemm", (rows, n, k), name_of(dtype), seconds, 2.0 * rows * n * k)
             if seconds > TOO_LONG_S:
                 break
@@ -191,9 +192,11 @@ def sharded(transport: Transport, ranks: Ranks, addend: Tensor) -> None:
     owners = shares(len(addend), ranks.world_size)
     mine = owners[ranks.rank]
     total = torch.empty(len(mine), addend.shape[1], dtype=torch.float32, device=addend.device)
-    transport.reduce_scatter(addend, owners, total)
-    addend[mine.start : mine.stop] = total
-    transport.all_gather_rows(addend, owners)
+
+    def finish(rows: range) -> None:
+        addend[mine.start + rows.start : mine.start + rows.stop] = total[rows.start : rows.stop]
+
+    transport.sum_rows(addend, owners, total, finish, addend)
 
 
 def shares(rows: int, world_size: int) -> list[range]:
@@ -306,9 +309,8 @@ def fit_shares(hardware: Hardware, points: Sequence[Point]) -> Hardware:
 def computing_bounds(hardware: Hardware, point: Point) -> bool:
     if point.what == "attention":
         return attention_time(hardware, point).memory_s == 0.0
-    rows, n, k = point.size
-    gemm = Gemm(n, k, hardware, point.dtype)
-    return gemm.compute_s(rows, hardware.sms) >= gemm.memory_s(rows)
+    rows, gemm = point.size[0], gemm_of(hardware, point)
+    return bool(gemm.compute_s(rows, hardware.sms) >= gemm.memory_s(rows))
 
 
 def fit_link(hardware: Hardware, points: Sequence[Point], world_size: int) -> Hardware:
@@ -346,16 +348,23 @@ def fit_line(amounts: Sequence[float], seconds: Sequence[float]) -> tuple[float,
 def predict(hardware: Hardware, point: Point, world_size: int) -> float | None:
     """Seconds of a point by the model; None for what it has no figure for."""
     if point.what == "gemm":
-        rows, n, k = point.size
-        return Gemm(n, k, hardware, point.dtype).seconds(rows, hardware.sms)
+        rows = point.size[0]
+        return float(gemm_of(hardware, point).seconds(rows, hardware.sms))
     if point.what == "attention":
-        return attention_time(hardware, point).seconds(1.0, 0.0)
+        return float(attention_time(hardware, point).seconds())
     if point.what == "copy":
         return point.amount / (hardware.memory_bandwidth * hardware.efficiency.memory)
     if point.what == sum_kind(hardware) and world_size > 1:
         kind = "nccl" if point.what == "all_reduce" else "sharded"
         return all_reduce_s(kind, point.amount, world_size, hardware)
     return None
+
+
+def gemm_of(hardware: Hardware, point: Point) -> Gemm:
+    rows, n, k = point.size
+    gemm = Gemm(n, k, hardware, point.dtype)
+    gemm.reach(rows)
+    return gemm
 
 
 def attention_time(hardware: Hardware, point: Point) -> Any:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import functools
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from tokenweave.cost.hardware import Hardware
+from tokenweave.cost.ops import Numbers
 
 SHARPNESS = 3  # how abruptly "limited by SMs" goes over into "limited by the link": Figures 7 and 10 bend like this
 MEASURED_WORLD_SIZE = 8
@@ -21,12 +24,13 @@ MEASURED_ROWS = 32768
 
 
 class Collectives(Protocol):
-    """Seconds of the sums of [rows, hidden]. `plain`: an all-reduce. `fused`: with residual and norm on 1/W of the
-    rows, by a kernel of `sms` SMs, None = the best count. Without the factor of Efficiency.all_reduce."""
+    """Seconds of the sums of [rows, hidden], `rows` > 0, one count or an array. `plain`: an all-reduce. `fused`: with
+    residual and norm on 1/W of the rows, by a kernel of `sms` SMs, None = the best count. Without the factor of
+    Efficiency.all_reduce."""
 
-    def plain_s(self, rows: int) -> float: ...
+    def plain_s(self, rows: Numbers) -> Numbers: ...
 
-    def fused_s(self, rows: int, sms: int | None) -> float: ...
+    def fused_s(self, rows: Numbers, sms: int | None) -> Numbers: ...
 
 
 def link_passes(implementation: str, world_size: int) -> float:
@@ -72,14 +76,14 @@ def all_reduce_s(
     return fixed_s + join(link_s, size_bytes / (sms * sm_bandwidth) * MEASURED_WORLD_SIZE / world_size)
 
 
-def join(link_s: float, sm_s: float) -> float:
+def join(link_s: Numbers, sm_s: Numbers) -> Numbers:
     """Both limits together: about the larger, and somewhat more where they are near each other."""
-    return float((link_s**SHARPNESS + sm_s**SHARPNESS) ** (1 / SHARPNESS))
+    return (link_s**SHARPNESS + sm_s**SHARPNESS) ** (1 / SHARPNESS)
 
 
-def gather_s(size_bytes: float, world_size: int, hardware: Hardware) -> float:
-    """Seconds until every rank has all ranks' parts, `size_bytes` together."""
-    if world_size == 1 or size_bytes == 0:
+def gather_s(size_bytes: Numbers, world_size: int, hardware: Hardware) -> Numbers:
+    """Seconds until every rank has all ranks' parts, `size_bytes` > 0 together."""
+    if world_size == 1:
         return 0.0
     crossing = size_bytes * (world_size - 1) / world_size
     return hardware.collective_s + crossing / (hardware.link_bandwidth * hardware.efficiency.ring_link)
@@ -105,15 +109,13 @@ class AnalyticCollectives:
     world_size: int
     row_bytes: int
 
-    def plain_s(self, rows: int) -> float:
+    def plain_s(self, rows: Numbers) -> Numbers:
         return self._seconds(rows, None, False)
 
-    def fused_s(self, rows: int, sms: int | None) -> float:
+    def fused_s(self, rows: Numbers, sms: int | None) -> Numbers:
         return self._seconds(rows, sms, True)
 
-    def _seconds(self, rows: int, sms: int | None, fused: bool) -> float:
-        if rows == 0:
-            return 0.0
+    def _seconds(self, rows: Numbers, sms: int | None, fused: bool) -> Numbers:
         line = self._lines.get((sms, fused))
         if line is None:
             line = self._lines[sms, fused] = self._line(sms, fused)
@@ -142,12 +144,9 @@ class Curve:
     rows: tuple[int, ...]
     seconds: tuple[float, ...]
 
-    def __call__(self, rows: float) -> float:
-        if rows <= self.rows[0]:
-            return self.seconds[0]
-        i = min(bisect_right(self.rows, rows), len(self.rows) - 1)
-        (x0, x1), (y0, y1) = self.rows[i - 1 : i + 1], self.seconds[i - 1 : i + 1]
-        return y0 + (rows - x0) * (y1 - y0) / (x1 - x0)
+    def __call__(self, rows: Numbers) -> Numbers:
+        last_row_s = (self.seconds[-1] - self.seconds[-2]) / (self.rows[-1] - self.rows[-2])
+        return np.interp(rows, self.rows, self.seconds) + np.maximum(0, rows - self.rows[-1]) * last_row_s
 
 
 @dataclass(frozen=True)
@@ -163,19 +162,19 @@ class MeasuredCollectives:
     world_size: int
     row_bytes: int
 
-    def plain_s(self, rows: int) -> float:
+    def plain_s(self, rows: Numbers) -> Numbers:
         return self._scaled(self.plain(self._as_measured(rows)))
 
-    def fused_s(self, rows: int, sms: int | None) -> float:
+    def fused_s(self, rows: Numbers, sms: int | None) -> Numbers:
         at = self._as_measured(rows)
         link_s = self.best_fused(at)
         if sms is None:
             return self._scaled(link_s)
         with_sms_s = self._with_sms_s(at, sms)
-        sm_s = max(0.0, with_sms_s**SHARPNESS - link_s**SHARPNESS) ** (1 / SHARPNESS)
+        sm_s = np.maximum(0.0, with_sms_s**SHARPNESS - link_s**SHARPNESS) ** (1 / SHARPNESS)
         return join(self._scaled(link_s), sm_s * MEASURED_WORLD_SIZE / self.world_size)
 
-    def _with_sms_s(self, rows: float, sms: int) -> float:
+    def _with_sms_s(self, rows: Numbers, sms: int) -> Numbers:
         """Between measured counts linear in their logarithm; outside them, the nearest one's."""
         counts = list(self.fused_by_sms)
         i = min(max(bisect_left(counts, sms), 1), len(counts) - 1)
@@ -185,10 +184,10 @@ class MeasuredCollectives:
         upper_s = self.fused_by_sms[upper](rows) if share > 0.0 else 0.0
         return (1.0 - share) * lower_s + share * upper_s
 
-    def _as_measured(self, rows: int) -> float:
+    def _as_measured(self, rows: Numbers) -> Numbers:
         return rows * self.row_bytes / MEASURED_ROW_BYTES
 
-    def _scaled(self, seconds: float) -> float:
+    def _scaled(self, seconds: Numbers) -> Numbers:
         return seconds * (1 + 1 / self.world_size) / (1 + 1 / MEASURED_WORLD_SIZE)
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from tokenweave.cost.choice import Choice
 from tokenweave.cost.cost import Cost
 from tokenweave.cost.decide import decide
+from tokenweave.cost.parts import SITES
 from tokenweave.cost.search import middle
-from tokenweave.cost.step import Step
+from tokenweave.cost.step import Step, segments_s
 from tokenweave.cost.work import Batch, Chunk, Work
-from tokenweave.cost.woven import SITES
 
 
 @dataclass(frozen=True)
@@ -70,33 +70,29 @@ def _woven(step: Step, choice: Choice) -> Woven:
     assert choice.cut is not None
     assert choice.attention_sms is not None
     assert choice.mlp_sms is not None
-    cost, woven = step.cost, step.woven(choice.cut)
-    lanes = woven.lay_out(choice.attention_sms, choice.mlp_sms)
-    first_s, second_s = (_segments_s(cost, half) for half in woven.halves)
-    sums_s = sum(_sums_s(cost, half, choice.attention_sms, choice.mlp_sms) for half in woven.halves)
-    hidden_s = min(sums_s, lanes.hidden_s)
+    cost, woven = step.cost, step.woven([choice.cut], [choice.attention_sms, choice.mlp_sms])
+    halves_s = segments_s(cost, woven.work)
+    sums_s = _sums_s(cost, woven.work, choice.attention_sms, choice.mlp_sms)
+    hidden_s = min(sums_s, woven.hidden_s(0, 0, 1))
     return Woven(
         choice=choice,
         seconds=step.seconds(choice),
-        halves_s=(first_s, second_s),
-        unsplit_segments_s=_segments_s(cost, step.whole),
+        halves_s=(float(halves_s[0, 0]), float(halves_s[1, 0])),
+        unsplit_segments_s=step.segments_s,
         sums_s=sums_s,
         hidden_s=hidden_s,
-        slowdown_s=max(0.0, lanes.end_s - first_s - second_s - (sums_s - hidden_s)),
+        slowdown_s=max(0.0, woven.device_s(0, 0, 1) - float(halves_s.sum()) - (sums_s - hidden_s)),
         middle_s=step.seconds(replace(choice, cut=middle(step.batch.rows))),
     )
 
 
-def _segments_s(cost: Cost, work: Work) -> float:
-    sms = cost.hardware.sms
-    return sum(block.repeats * cost.part_s(part, work, sms) for block in cost.parts.blocks for part in block.parts)
-
-
-def _sums_s(cost: Cost, work: Work, *sms: int) -> float:
-    return sum(
-        block.repeats * cost.request_s(part, work.going(part), "weave", sms[SITES[part.site]])
-        for block in cost.parts.blocks
-        for part in block.parts
+def _sums_s(cost: Cost, halves: Work, *sms: int) -> float:
+    return float(
+        sum(
+            block.repeats * cost.request_s(part, halves, "weave", sms[SITES[part.site]])
+            for block in cost.parts.blocks
+            for part in block.parts
+        ).sum()
     )
 
 

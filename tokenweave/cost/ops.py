@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
 
 from tokenweave.cost.hardware import Hardware, Tile
 from tokenweave.cost.shape import DTYPE_BYTES
 
+Numbers: TypeAlias = Any  # one number, or an array of them: what follows holds for both
+
 SPLITS = (1, 2, 4, 8)  # of a GEMM's inner dimension, where the output alone has too few tiles
 SHORTEST_SPLIT = 512  # of the inner dimension
 QUERY_TILE = 128  # queries that one thread block of a flash attention kernel owns
+FEW_ROWS = 4096  # beyond so many every expert is busy
+LEAST_TABLE = 64  # entries
 
 
 class Gemm:
-    """[rows, k] x [k, n]. With experts, `count` of them of which every row takes `top_k`: one grouped GEMM."""
+    """[rows, k] x [k, n]. With experts, `count` of them of which every row takes `top_k`: one grouped GEMM.
+
+    Rows and SMs may be arrays. Where there are tiles, `reach` has to be told first how many rows will be asked for.
+    """
 
     def __init__(self, n: int, k: int, hardware: Hardware, dtype: str, experts: int = 0, top_k: int = 1):
         self.n, self.k, self.experts, self.top_k = n, k, experts, top_k
@@ -25,11 +35,10 @@ class Gemm:
         self.weight_s = n * k * self.item / self.bandwidth
         grouped = hardware.efficiency.grouped_gemm if experts else 1.0
         self.flops = hardware.peak(dtype) * hardware.efficiency.gemm * grouped
-        splits = [s for s in SPLITS if not experts and (s == 1 or k >= s * SHORTEST_SPLIT)]
+        splits = [s for s in SPLITS if s == 1 or (not experts and k >= s * SHORTEST_SPLIT)]
         self.options = [self._option(tile, split) for tile in hardware.tiles for split in splits]
         self.grain = math.gcd(*(tile.rows for tile in hardware.tiles)) if hardware.tiles and not experts else 1
-        self._chosen: dict[int, tuple[int, int, float, float]] = {}
-        self._known: dict[tuple[int, int], float] = {}
+        self._table = np.empty((3, 0))  # tiles, seconds of one, seconds to add split sums; by rows / grain, rounded up
 
     def _option(self, tile: Tile, split: int) -> tuple[int, int, float, float]:
         """(rows of a tile, tiles beside each other, seconds of a tile, seconds a row to add split sums in fp32)."""
@@ -37,74 +46,83 @@ class Gemm:
         merge_s = 0.0 if split == 1 else 2 * split * self.n * 4 / self.bandwidth
         return tile.rows, split * math.ceil(self.n / tile.columns), tile_s, merge_s
 
-    def seconds(self, rows: int, sms: int, taken: float = 0.0) -> float:
-        """On `sms` SMs, while the share `taken` of the memory's bandwidth is used by others: the slower of the two."""
-        if rows == 0:
-            return 0.0
-        compute_s, memory_s = self.compute_s(rows, sms), self.memory_s(rows) / (1.0 - taken)
-        return compute_s if compute_s > memory_s else memory_s
+    def reach(self, rows: int) -> None:
+        """Be ready for up to `rows` rows."""
+        entries = -(-rows // self.grain) + 1
+        if self.options and entries > self._table.shape[1]:
+            entries = max(LEAST_TABLE, 1 << (entries - 1).bit_length())
+            self._table = self._tilings(np.arange(entries) * self.grain)
 
-    def compute_s(self, rows: int, sms: int) -> float:
+    def seconds(self, rows: Numbers, sms: Numbers, crowding: Numbers = 1.0) -> Numbers:
+        """Of at least one row, on `sms` SMs, while others make the memory slower by a factor: computing or moving."""
+        return np.maximum(self.compute_s(rows, sms), self.memory_s(rows) * crowding)
+
+    def compute_s(self, rows: Numbers, sms: Numbers) -> Numbers:
         """Every SM does one tile a wave, and the last wave takes as long as the others.
 
         The library chooses the tile as if all SMs were free: beside a collective, it may be the wrong one.
         """
-        key = (-(-rows // self.grain), sms)
-        seconds = self._known.get(key)
-        if seconds is None:
-            seconds = self._known[key] = self._compute_s(key[0] * self.grain, sms)
-        return seconds
-
-    def _compute_s(self, rows: int, sms: int) -> float:
         if not self.options:
             return 2 * rows * self.top_k * self.n * self.k / (self.flops * sms / self.sms)
-        if rows not in self._chosen:
-            self._chosen[rows] = min(self.options, key=lambda option: self._waves_s(option, rows, self.sms))
-        return self._waves_s(self._chosen[rows], rows, sms)
+        tiles, tile_s, merge_s = self._table.take((rows + (self.grain - 1)) // self.grain, axis=1)
+        return np.ceil(tiles / sms) * tile_s + merge_s
 
-    def _waves_s(self, option: tuple[int, int, float, float], rows: int, sms: int) -> float:
-        tile_rows, beside, tile_s, merge_s = option
-        return -(-self._blocks(rows, tile_rows) * beside // sms) * tile_s + rows * merge_s
+    def memory_s(self, rows: Numbers) -> Numbers:
+        """Input, weights and output cross the memory bus once."""
+        return rows * self.row_s + (self.busy_experts(rows) * self.weight_s if self.experts else self.weight_s)
 
-    def _blocks(self, rows: int, tile_rows: int) -> int:
+    def busy_experts(self, rows: Numbers) -> Numbers:
+        """How many experts `rows` rows reach, if they choose at random."""
+        return self._busy[np.minimum(rows, FEW_ROWS)]
+
+    @functools.cached_property
+    def _busy(self) -> np.ndarray:
+        idle = 1 - self.top_k / self.experts
+        return np.array([self.experts * (1 - idle**rows) for rows in range(FEW_ROWS + 1)])
+
+    def _tilings(self, rows: np.ndarray) -> np.ndarray:
+        """The table's columns for row counts, with the tile that is fastest on all SMs."""
+        best, best_s = np.zeros((3, len(rows))), np.full(len(rows), np.inf)
+        for tile_rows, beside, tile_s, row_merge_s in self.options:
+            tiles, merge_s = self._blocks(rows, tile_rows) * float(beside), rows * row_merge_s
+            seconds = np.ceil(tiles / self.sms) * tile_s + merge_s
+            better = seconds < best_s
+            best_s[better] = seconds[better]
+            best[:, better] = tiles[better], np.full(better.sum(), tile_s), merge_s[better]
+        return best
+
+    def _blocks(self, rows: np.ndarray, tile_rows: int) -> np.ndarray:
         """Tiles below each other. Experts get unequal parts: each busy one wastes half a tile in the mean."""
         if not self.experts:
             return -(-rows // tile_rows)
         busy = self.busy_experts(rows)
-        return math.ceil(max(busy, rows * self.top_k / tile_rows + busy / 2))
-
-    def busy_experts(self, rows: int) -> float:
-        """How many experts `rows` rows reach, if they choose at random."""
-        return self.experts * (1 - (1 - self.top_k / self.experts) ** rows)
-
-    def memory_s(self, rows: int) -> float:
-        """Input, weights and output cross the memory bus once."""
-        busy = self.busy_experts(rows) if self.experts else 1
-        return rows * self.row_s + busy * self.weight_s
+        return np.ceil(np.maximum(busy, rows * self.top_k / tile_rows + busy / 2))
 
 
-def visible_pairs(tokens: int, context: int, window: int | None) -> int:
+def visible_pairs(tokens: Numbers, context: Numbers, window: int | None) -> Numbers:
     """(query, key) pairs of `tokens` queries after `context` keys, causal, at most `window` keys each."""
     return _pairs_before(context + tokens, window) - _pairs_before(context, window)
 
 
-def _pairs_before(position: int, window: int | None) -> int:
-    if window is None or position <= window:
+def _pairs_before(position: Numbers, window: int | None) -> Numbers:
+    """Of all queries before a position: a triangle, and beyond the window a strip."""
+    if window is None:
         return position * (position + 1) // 2
-    return window * (window + 1) // 2 + (position - window) * window
+    inside = np.minimum(position, window)
+    return inside * (inside + 1) // 2 + (position - inside) * window
 
 
 class AttentionTime(NamedTuple):
     """Seconds alone on the whole machine: of parts that compute bounds, of parts that memory bounds, and of the longest
     thread block, which bounds the first from below."""
 
-    compute_s: float = 0.0
-    memory_s: float = 0.0
-    longest_s: float = 0.0
+    compute_s: Numbers = 0.0
+    memory_s: Numbers = 0.0
+    longest_s: Numbers = 0.0
 
-    def seconds(self, slowdown: float, taken: float) -> float:
-        """slowdown: all SMs over those left; taken: the share of the memory's bandwidth that others use."""
-        return max(self.compute_s * slowdown, self.longest_s) + self.memory_s / (1.0 - taken)
+    def seconds(self, slowdown: Numbers = 1.0, crowding: Numbers = 1.0) -> Numbers:
+        """slowdown: all SMs over those left; crowding: what others make the memory slower by."""
+        return np.maximum(self.compute_s * slowdown, self.longest_s) + self.memory_s * crowding
 
 
 class Attention:
@@ -118,14 +136,13 @@ class Attention:
         item = DTYPE_BYTES[dtype]
         self.key_s = 2 * kv_heads * head_dim * item / (hardware.memory_bandwidth * hardware.efficiency.memory)
 
-    def chunk(self, tokens: int, context: int) -> AttentionTime:
+    def chunk(self, tokens: Numbers, context: Numbers) -> AttentionTime:
         """Of `tokens` queries after `context` keys: the slower of computing and of reading keys and values."""
-        if tokens == 0:
-            return AttentionTime()
-        keys = context + tokens if self.window is None else min(context + tokens, self.window + tokens - 1)
-        pairs = keys if tokens == 1 else visible_pairs(tokens, context, self.window)
-        compute_s, memory_s = pairs * self.pair_s, keys * self.key_s
-        if memory_s > compute_s:
-            return AttentionTime(0.0, memory_s)
-        last_keys = keys if self.window is None else min(keys, self.window)
-        return AttentionTime(compute_s, 0.0, min(tokens, QUERY_TILE) * last_keys * self.block_pair_s)
+        keys = (context + tokens) * np.minimum(tokens, 1)  # no query, no key
+        last_keys = keys
+        if self.window is not None:
+            keys, last_keys = np.minimum(keys, self.window + tokens - 1), np.minimum(keys, self.window)
+        compute_s, memory_s = visible_pairs(tokens, context, self.window) * self.pair_s, keys * self.key_s
+        computes = compute_s >= memory_s
+        longest_s = np.minimum(tokens, QUERY_TILE) * last_keys * self.block_pair_s
+        return AttentionTime(compute_s * computes, memory_s * ~computes, longest_s * computes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,8 @@ from tokenweave.cost.hardware import Hardware
 from tokenweave.cost.ops import Attention, Gemm
 from tokenweave.cost.shape import LayerShape, ModelShape, RankShape, shard_shape
 
+SITES = {"attn": 0, "qk_norm": 0, "mlp": 1, "embed": 1, "head": 1}  # which of a choice's two SM counts a request gets
+Request = tuple[float, bool]  # bytes of a gathered row, 0 of a sum; whether only rows that make logits go on
 LONGEST_PATTERN = 8  # layers after which a model's kinds of layers may repeat
 
 
@@ -38,6 +40,11 @@ class Part:
     def gathers(self) -> bool:
         return self.site in ("qk_norm", "head")
 
+    @functools.cached_property
+    def request(self) -> Request:
+        """What of its request counts: two parts with the same send the same."""
+        return self.gather_bytes, self.goes_wanted
+
 
 @dataclass(frozen=True)
 class Block:
@@ -47,20 +54,47 @@ class Block:
     repeats: int
 
 
+@dataclass(frozen=True)
+class Turn:
+    """In a woven step the first half computes `part` beside the second half's request that ended `before` (None: there
+    is none yet), and the second half computes it beside the first's that has just ended `part`; so often."""
+
+    part: Part
+    before: Part | None
+    times: int
+
+
+def turns_of(blocks: Sequence[Block]) -> list[Turn]:
+    """A woven step's turns; the same one, wherever it stands, once."""
+    turns: dict[Any, Turn] = {}
+    last: Part | None = None
+    for block in blocks:
+        for repeats, first in ((1, last), (block.repeats - 1, block.parts[-1])):
+            for part, before in zip(block.parts, (first, *block.parts)):
+                key = part, before and (before.request, SITES[before.site])
+                turn = turns.get(key, Turn(part, before, 0))
+                turns[key] = replace(turn, times=turn.times + repeats)
+        last = block.parts[-1]
+    return [turn for turn in turns.values() if turn.times]
+
+
 class ModelParts:
     """A model's parts on one of W ranks. drops_rows: as the runtime does, the last layer's attention output and MLP run
     on the rows that make logits alone."""
 
     def __init__(self, shape: ModelShape, hardware: Hardware, world_size: int, drops_rows: bool):
         self.shape, self.hardware, self.drops_rows = shape, hardware, drops_rows
+        self._gemms: dict[tuple[int, int, int, int], Gemm] = {}
         self.rank = shard_shape(shape, world_size)
         self.kinds = dict(zip(shape.layers, self.rank.intermediate_sizes, strict=True))
+        self._mlps: dict[LayerShape, Part] = {}
         layers = {kind: self._layer(kind, size) for kind, size in self.kinds.items()}
         whole = shape.layers[:-1] if drops_rows else shape.layers
         blocks = [Block(sum((layers[kind] for kind in kinds), ()), times) for kinds, times in repeated(whole)]
         if drops_rows:
             blocks.append(Block(_dropping(layers[shape.layers[-1]]), 1))
         self.blocks = (Block((self._embed(),), 1), *blocks, Block((self._head(),), 1))
+        self.turns = turns_of(self.blocks)
 
     def attention(self, window: int | None) -> Attention:
         """One rank's attention with that window."""
@@ -72,8 +106,15 @@ class ModelParts:
         return {kind.window for kind in self.kinds}
 
     def _gemm(self, n: int, k: int, layer: LayerShape | None = None) -> Gemm:
-        experts, top_k = (layer.experts, layer.top_k) if layer else (0, 1)
-        return Gemm(n, k, self.hardware, self.shape.dtype, experts, top_k)
+        """Alike ones are one."""
+        key = (n, k, layer.experts, layer.top_k) if layer else (n, k, 0, 1)
+        if key not in self._gemms:
+            self._gemms[key] = Gemm(n, k, self.hardware, self.shape.dtype, *key[2:])
+        return self._gemms[key]
+
+    @property
+    def gemms(self) -> Iterable[Gemm]:
+        return self._gemms.values()
 
     def _embed(self) -> Part:
         return Part("embed", (), (), 2 * self.shape.hidden_size * self.shape.dtype_bytes, kernels=2)
@@ -84,8 +125,11 @@ class ModelParts:
         return Part("head", (logits,), (), 0.0, 1, gather_bytes=gathered, comes_wanted=True, goes_wanted=True)
 
     def _layer(self, kind: LayerShape, size: int) -> tuple[Part, ...]:
-        mlp = self._experts(kind, size) if kind.experts else self._mlp(size)
-        return (*_attention(self.shape, self.rank, kind.window, self._gemm), mlp)
+        """Layers that differ by their window alone share the MLP."""
+        alike = replace(kind, window=None)
+        if alike not in self._mlps:
+            self._mlps[alike] = self._experts(kind, size) if kind.experts else self._mlp(size)
+        return (*_attention(self.shape, self.rank, kind.window, self._gemm), self._mlps[alike])
 
     def _mlp(self, size: int) -> Part:
         """gate and up in one GEMM, the activation (reads both, writes one), down."""

@@ -56,7 +56,7 @@ class Planner:
         self._is_tuned = functools.lru_cache(REMEMBERED)(lambda rows: bool(tuned and tuned.lookup(rows)))
         self.pays_from: dict[bool, int | None] = {}  # rows, by whether all of them decode; None: never
         if self._models and cost is not None and cost.hardware.tiles:
-            cost.warm_up(most_rows)
+            cost.reach(most_rows)
         if self._models and overlap == "auto":
             self.pays_from = {decode: self._find_least(decode) for decode in (True, False)}
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from random import Random
 
-from tokenweave.cost.cost import MOST_TAKEN, Cost, Segment
+import numpy as np
+
+from tokenweave.cost.cost import Cost
 from tokenweave.cost.hardware import Efficiency, Hardware
-from tokenweave.cost.parts import Part
+from tokenweave.cost.ops import Numbers
 from tokenweave.cost.shape import ModelShape
-from tokenweave.cost.work import Work
 
 SPREAD = 0.3
 EFFICIENCIES = ("gemm", "attention", "all_reduce", "memory", "grouped_gemm", "link", "ring_link")
@@ -42,23 +43,12 @@ class RedrawnCost(Cost):
         super().__init__(shape, hardware, world_size, graph=graph)
         self.sms_factor, self.taken_factor = sms_factor, taken_factor
 
-    def segment(self, part: Part, work: Work) -> Segment:
-        return CrowdedSegment(self, part, work)
+    @property
+    def taking(self) -> float:
+        return self.taken_factor
 
-    def taken(self, rows: int, sum_s: float) -> float:
-        return min(MOST_TAKEN, self.taken_factor * super().taken(rows, sum_s))
-
-
-class CrowdedSegment(Segment):
-    """Loses `sms_factor` times the SMs that it is said to lose."""
-
-    def __init__(self, cost: RedrawnCost, part: Part, work: Work):
-        super().__init__(cost, part, work)
-        self.all_sms, self.sms_factor = cost.hardware.sms, cost.sms_factor
-
-    def seconds(self, sms: int, taken: float = 0.0) -> float:
-        lost = round(self.sms_factor * (self.all_sms - sms))
-        return super().seconds(max(1, self.all_sms - lost), taken)
+    def left(self, sms: Numbers) -> Numbers:
+        return super().left(np.round(self.sms_factor * sms))
 
 
 def redraw_cost(cost: Cost, random: Random, spread: float = SPREAD) -> RedrawnCost:

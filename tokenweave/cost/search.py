@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
+
 from tokenweave.cost.choice import Choice
+from tokenweave.cost.cost import ROUGH_SMS, Cost, usual_sms
 from tokenweave.cost.step import Step
+from tokenweave.cost.work import Work
+from tokenweave.cost.woven import Woven
 
 GRAIN = 64  # rows: a cut at a tile's edge, from either end, wastes none
-FINE_CUTS = 128  # at most, from either end, are ranked by their GEMMs alone
-REGIONS = 16  # the best of each of so many parts of the batch are ranked with attention and sums
-FINALIST_PARTS = 12  # the best of those get SM counts of their own: six cuts where a layer has two parts, and so on
-SLACK = 0.003  # of the time: what cannot gain more is not looked at
+MOST_EDGES = 128  # cuts at tiles' edges, from either end
+EVEN_CUTS = 128  # of a batch with fewer edges than that: its even parts as well
+FINALISTS = 64  # cuts that are looked at with every SM count
 
 
 class Found(NamedTuple):
-    """The woven choice with the least predicted time, that time, and how many choices were looked at: cuts ranked with
-    attention and sums, and pairs of SM counts for each finalist."""
+    """The woven choice with the least predicted time, that time, and how many choices were looked at: cuts ranked
+    with a few SM counts, and all pairs of SM counts for each finalist."""
 
     choice: Choice
     seconds: float
@@ -25,34 +28,29 @@ class Found(NamedTuple):
 
 
 def best_weave(step: Step) -> Found | None:
-    """The best way found to weave a step; None for one rank or fewer than two rows.
-
-    Bounded for the sake of serving: a batch that was never seen before costs less than a millisecond, once the model's
-    GEMMs are known for such row counts (Cost.warm_up).
-    """
+    """The best way found to weave a step; None for one rank or fewer than two rows."""
     if step.batch.rows < 2 or step.cost.world_size == 1:
         return None
-    bounds = sorted((_bound_s(step, cut), cut) for cut in shortlist(step))
-    counts = len(step.cost.hardware.communication_sms)
-    best, looked = None, len(bounds)
-    for bound_s, cut in bounds[: max(2, FINALIST_PARTS // len(step.cost.core.parts))]:
-        if best is not None and bound_s >= (1.0 - SLACK) * best[0]:
-            break
-        found = (*step.woven(cut).best_sms(SLACK), cut)
-        best, looked = found if best is None else min(best, found), looked + counts * counts
-    assert best is not None
-    choice = Choice("weave", best[3], best[1], best[2])
-    return Found(choice, step.seconds(choice), looked)
+    cuts, counts = all_cuts(step.batch.rows), usual_sms(step.cost.hardware)
+    halves = step.halves(cuts)
+    kept = shortlist(step.cost, halves)
+    woven = Woven(step.cost, halves.select(kept), counts)
+    at = int(woven.best_s().argmin())
+    attention, mlp = woven.best_counts(at)
+    choice = Choice("weave", int(cuts[kept[at]]), counts[attention], counts[mlp])
+    ranked = len(cuts) * len(ROUGH_SMS) ** 2 if len(kept) < len(cuts) else 0
+    return Found(choice, step.know(choice, woven.device_s(at, attention, mlp)), ranked + len(kept) * len(counts) ** 2)
 
 
-def shortlist(step: Step) -> list[int]:
-    """The middle, and from each region of the batch the cuts whose halves' GEMMs waste least in their waves: one at a
-    tile's edge from the front, one from the end."""
-    rows = step.batch.rows
-    grain = GRAIN * max(1, -(-rows // (FINE_CUTS * GRAIN)))
-    edges = range(grain, rows, grain)
-    cuts = {middle(rows), *_best_of_regions(step, edges), *_best_of_regions(step, [rows - edge for edge in edges])}
-    return sorted(cuts)
+def all_cuts(rows: int) -> np.ndarray:
+    """Tiles' edges from either end of the batch, of a short one even parts, too, and the middle; in order."""
+    grain = GRAIN * max(1, -(-rows // (MOST_EDGES * GRAIN)))
+    edges = np.arange(grain, rows, grain)
+    even = np.arange(1, EVEN_CUTS if len(edges) < EVEN_CUTS // 4 else 1) * rows // EVEN_CUTS
+    is_cut = np.zeros(rows, dtype=bool)
+    is_cut[edges] = is_cut[rows - edges] = is_cut[even] = is_cut[middle(rows)] = True
+    is_cut[0] = False
+    return is_cut.nonzero()[0]
 
 
 def middle(rows: int) -> int:
@@ -61,27 +59,10 @@ def middle(rows: int) -> int:
     return at_edge if 0 < at_edge < rows else rows // 2
 
 
-def _best_of_regions(step: Step, cuts: Iterable[int]) -> list[int]:
-    """The best by GEMMs in each of REGIONS equal parts of the batch."""
-    rows, gemms_s = step.batch.rows, step.cost.gemms_s
-    best: dict[int, tuple[float, int]] = {}
-    for cut in cuts:
-        region, ranked = cut * REGIONS // rows, (gemms_s(cut) + gemms_s(rows - cut), cut)
-        if region not in best or ranked < best[region]:
-            best[region] = ranked
-    return [cut for _, cut in best.values()]
-
-
-def _bound_s(step: Step, cut: int) -> float:
-    """What a round of the core takes at least: each segment alone, or the sum it runs beside at the best SM count."""
-    cost, rows = step.cost, (cut, step.batch.rows - cut)
-    sums_s = [cost.fused_s(count, None) for count in rows]
-    attention = {window: sums.halves(cut) for window, sums in step.attention.items()}
-    seconds = 0.0
-    for part in cost.core.parts:
-        for half in (0, 1):
-            alone_s, sum_s = cost.rows_s(part, rows[half]), sums_s[1 - half]
-            if part.attends:
-                alone_s += attention[part.window][half].seconds(1.0, 0.0)
-            seconds += alone_s if part.gathers or alone_s > sum_s else sum_s
-    return seconds
+def shortlist(cost: Cost, halves: Work) -> np.ndarray:
+    """The indices of the cuts that are fastest as far as tables tell."""
+    count = halves.rows.shape[1]
+    if count <= FINALISTS:
+        return np.arange(count)
+    ranked_s = Woven(cost, halves, ROUGH_SMS, rough=True).best_s()
+    return np.sort(np.argpartition(ranked_s, FINALISTS)[:FINALISTS])

@@ -183,4 +183,5 @@ def distance_from_plain(choice: Choice, rows: int) -> tuple[float, int]:
 def describe(choice: Choice) -> str:
     if choice.mode != "weave":
         return choice.mode
-    return f"weave at {choice.cut}, {choice.attention_sms}/{choice.mlp_sms} SMs"
+    counts = choice.attention_sms, choice.mlp_sms
+    return f"weave at {choice.cut}" + ("" if counts == (1, 1) else f", {counts[0]}/{counts[1]} SMs")  # a CPU has none

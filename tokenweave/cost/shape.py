@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
 from tokenweave.models.registry import ARCHITECTURES, read_config, read_spec
 from tokenweave.models.spec import DecoderSpec, check_world_size
 
@@ -107,6 +105,8 @@ def _spec(folder: Path, config: Any) -> DecoderSpec:
     """A config made in Python names no architecture; its model type then does."""
     if getattr(config, "architectures", None):
         return read_spec(folder, config)
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # here: it imports torch
+
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(getattr(config, "model_type", ""))
     return ARCHITECTURES[architecture](config) if architecture in ARCHITECTURES else read_spec(folder, config)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate
 
-from tokenweave.cost.ops import Attention, AttentionTime
+import numpy as np
+
+from tokenweave.cost.ops import Attention, AttentionTime, Numbers
 from tokenweave.cost.parts import Part
 
 
@@ -25,84 +25,79 @@ class Batch:
 
     def __init__(self, chunks: Iterable[Chunk]):
         self.chunks = tuple(chunk for chunk in chunks if chunk.tokens > 0)
-        self.ends = list(accumulate(chunk.tokens for chunk in self.chunks))
-        self.rows = self.ends[-1] if self.ends else 0
-        self._wanted = [0, *accumulate(min(chunk.wanted, chunk.tokens) for chunk in self.chunks)]  # before each chunk
-        self.wanted = self._wanted[-1]
+        sizes = [(chunk.tokens, chunk.context, min(chunk.wanted, chunk.tokens)) for chunk in self.chunks]
+        # an empty chunk at the end, so that the batch's end is a place in it as well
+        self.tokens, self.contexts, self.wanted_of = np.array([*sizes, (0, 0, 0)], dtype=np.int64).T
+        self.starts = sums_before(self.tokens)[:-1]
+        self.wanted_before = sums_before(self.wanted_of)
+        self.rows, self.wanted = int(self.starts[-1]), int(self.wanted_before[-1])
 
-    def find(self, row: int) -> tuple[int, int]:
+    def find(self, row: Numbers) -> tuple[Numbers, Numbers]:
         """(the chunk that holds `row`, how many of its tokens lie before it); `row` may be the end."""
-        index = bisect_right(self.ends, row)
-        return index, row - (self.ends[index - 1] if index else 0)
+        index = self.starts.searchsorted(row, side="right") - 1
+        return index, row - self.starts[index]
 
-    def wanted_from(self, row: int) -> int:
+    def wanted_from(self, row: Numbers) -> Numbers:
         """Rows that make logits, from `row` on."""
-        index, before = self.find(row)
-        if index == len(self.chunks):
-            return 0
-        chunk = self.chunks[index]
-        return self.wanted - self._wanted[index + 1] + min(chunk.wanted, chunk.tokens - before)
+        index, tokens_before = self.find(row)
+        left = np.minimum(self.wanted_of[index], self.tokens[index] - tokens_before)
+        return self.wanted - self.wanted_before[index + 1] + left
+
+
+def sums_before(values: np.ndarray) -> np.ndarray:
+    """Of what lies before each value, and of all."""
+    return np.concatenate((np.zeros(1, values.dtype), values.cumsum()))
 
 
 class BatchAttention:
-    """One layer kind's attention over a batch, summed up so that any cut costs next to nothing."""
+    """One layer kind's attention over a batch, summed up so that many cuts cost no more than one."""
 
     def __init__(self, batch: Batch, attention: Attention):
         self.batch, self.attention = batch, attention
-        known: dict[tuple[int, int], AttentionTime] = {}
-        times: list[AttentionTime] = []
-        before = None
-        for chunk in batch.chunks:
-            if chunk is not before:  # rows that decode often share one
-                key, before = (chunk.tokens, chunk.context), chunk
-                if key not in known:
-                    known[key] = attention.chunk(*key)
-                time = known[key]
-            times.append(time)
-        compute_s, memory_s, longest_s = zip(*times) if times else ((), (), ())
-        self.compute_s = [0.0, *accumulate(compute_s)]
-        self.memory_s = [0.0, *accumulate(memory_s)]
-        self.longest_before = [0.0, *accumulate(longest_s, max)]
-        self.longest_after = [*accumulate(reversed(longest_s), max, initial=0.0)][::-1]
+        compute_s, memory_s, longest_s = attention.chunk(batch.tokens, batch.contexts)
+        self.compute_s, self.memory_s = sums_before(compute_s), sums_before(memory_s)
+        none = np.zeros(1)
+        self.longest_before = np.maximum.accumulate(np.concatenate((none, longest_s)))
+        self.longest_after = np.maximum.accumulate(np.concatenate((none, longest_s[::-1])))[::-1]
 
     def whole(self) -> AttentionTime:
         return AttentionTime(self.compute_s[-1], self.memory_s[-1], self.longest_before[-1])
 
-    def halves(self, cut: int) -> tuple[AttentionTime, AttentionTime]:
-        """Of rows before and from `cut`. A sequence cut in two has its first part as the context of its second."""
-        index, before = self.batch.find(cut)
-        first = AttentionTime(self.compute_s[index], self.memory_s[index], self.longest_before[index])
-        if before == 0:
-            return first, self._after(index)
-        chunk = self.batch.chunks[index]
-        head = self.attention.chunk(before, chunk.context)
-        tail = self.attention.chunk(chunk.tokens - before, chunk.context + before)
-        return _sum(first, head), _sum(tail, self._after(index + 1))
-
-    def _after(self, index: int) -> AttentionTime:
+    def halves(self, cuts: np.ndarray) -> AttentionTime:
+        """[2, cuts]: of rows before and from each cut. A sequence cut in two has its first part as the context of its
+        second."""
+        index, head = self.batch.find(cuts)
+        context, tail = self.batch.contexts[index], self.batch.tokens[index] - head
+        parts = self.attention.chunk(np.array([head, tail]), np.array([context, context + head]))
         return AttentionTime(
-            max(0.0, self.compute_s[-1] - self.compute_s[index]),
-            max(0.0, self.memory_s[-1] - self.memory_s[index]),
-            self.longest_after[index],
+            parts.compute_s + self._outside(self.compute_s, index),
+            parts.memory_s + self._outside(self.memory_s, index),
+            np.maximum(parts.longest_s, np.array([self.longest_before[index], self.longest_after[index + 1]])),
         )
 
-
-def _sum(a: AttentionTime, b: AttentionTime) -> AttentionTime:
-    return AttentionTime(a.compute_s + b.compute_s, a.memory_s + b.memory_s, max(a.longest_s, b.longest_s))
+    def _outside(self, sums: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Of the chunks before and after chunk `index`."""
+        return np.array([sums[index], np.maximum(0.0, sums[-1] - sums[index + 1])])
 
 
 @dataclass(frozen=True)
 class Work:
-    """A half, or a whole batch: its rows, those that make logits, and one layer's attention by window."""
+    """A whole batch, or both halves of it for each of some cuts, [2, cuts]: rows, those that make logits, and one
+    layer's attention by window."""
 
-    rows: int
-    wanted: int
+    rows: Numbers
+    wanted: Numbers
     attention: dict[int | None, AttentionTime]
 
-    def coming(self, part: Part) -> int:
+    def select(self, indices: np.ndarray) -> Work:
+        """Both halves for some of the cuts."""
+        times = {window: AttentionTime(*(each[:, indices] for each in time)) for window, time in self.attention.items()}
+        return Work(self.rows[:, indices], self.wanted[:, indices], times)
+
+    def coming(self, part: Part) -> Numbers:
         """Rows that the part works on."""
         return self.wanted if part.comes_wanted else self.rows
 
-    def going(self, part: Part) -> int:
+    def going(self, part: Part) -> Numbers:
         """Rows that its request sums, or gathers."""
         return self.wanted if part.goes_wanted else self.rows

@@ -1,111 +1,117 @@
-"""Woven: a batch cut in two, laid out on the two lanes for any SM counts."""
+"""Woven: a batch cut in two, at each of some cuts at once, its sums on each of some SM counts."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
-from tokenweave.cost.cost import Cost, Segment, usual_sms
-from tokenweave.cost.lanes import Turn, TwoLanes
-from tokenweave.cost.parts import Block, Part
+import numpy as np
+
+from tokenweave.cost.cost import INSTANT_S, Cost
+from tokenweave.cost.parts import SITES, Part, Request, Turn
 from tokenweave.cost.work import Work
 
-SITES = {"attn": 0, "qk_norm": 0, "mlp": 1, "embed": 1, "head": 1}  # which of a choice's two SM counts a request gets
+
+class Beside(NamedTuple):
+    """A turn of both halves, seconds [counts, 2, cuts]: the segments alone on all SMs, [2, cuts], and beside the other
+    half's request, which takes sum_s."""
+
+    alone_s: np.ndarray
+    beside_s: np.ndarray
+    sum_s: np.ndarray
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """Until both the segment and the request beside it are done."""
+        left = 1.0 - self.sum_s / np.maximum(self.beside_s, INSTANT_S)  # of the segment, when the request is done
+        return self.sum_s + np.maximum(left, 0.0) * self.alone_s
+
+    @property
+    def hidden_s(self) -> np.ndarray:
+        """Of the request, while the segment computed."""
+        return np.minimum(self.beside_s, self.sum_s)
 
 
 class Woven:
-    """Two halves of one batch. What a choice of SMs does not change is computed once."""
+    """Nothing is laid out on lanes. Strands take turns, first in, first out: a segment starts when the other half's
+    segment before it and its own sum are done, and just then the other half's sum starts. So every segment runs beside
+    one whole sum, from the start of both, and the next turn begins when the longer of them ends: a step is the sum of
+    its turns, and a sum's SMs count in the two turns that it runs beside alone.
 
-    def __init__(self, cost: Cost, halves: tuple[Work, Work]):
-        self.cost, self.halves = cost, halves
-        self._segments: dict[tuple[Part, int], tuple[Segment, float]] = {}
-        self._sums: dict[tuple[int, int], tuple[float, float]] = {}
+    work: of both halves, [2, cuts]. site_s: (after attention, after the MLP), the turns beside such sums, seconds by
+    [counts, cuts]; last_s: what the second half's last request takes, with nothing beside it, [cuts].
+    """
 
-    def best_sms(self, slack: float = 0.0) -> tuple[float, int, int]:
-        """(seconds of a round of the core, its most repeated layers; the SM counts that make it least, but for a share
-        of `slack`).
+    def __init__(self, cost: Cost, work: Work, counts: Sequence[int], rough: bool = False):
+        self.cost, self.work, self.counts, self.rough = cost, work, counts, rough
+        self._shape = (len(counts), *work.rows.shape)
+        self._sms = cost.slots(counts)
+        self._requests: dict[Request, tuple[np.ndarray, np.ndarray]] = {}
+        self._others: dict[object, tuple[np.ndarray, np.ndarray]] = {}
+        self.site_s = self._by_site((turn, beside.seconds) for turn, beside in self.turns())
+        self.last_s = self._request(cost.parts.blocks[-1].parts[-1])[0][0, 1]
 
-        Exact without laying out anything: a segment starts when its own sum ends, which is when, or after, the other
-        half's begins. So each segment runs beside one sum, of one site, and the two last as long as the longer.
-        """
-        counts = usual_sms(self.cost.hardware)
-        attention_s, attention_sms = self._best_of_site(0, counts, 1.0 - slack)
-        mlp_s, mlp_sms = self._best_of_site(1, counts, 1.0 - slack)
-        return attention_s + mlp_s, attention_sms, mlp_sms
+    def best_s(self) -> np.ndarray:
+        """Seconds of the device by cut, with the best SM counts."""
+        attention_s, mlp_s = self.site_s
+        return attention_s.min(axis=0) + mlp_s.min(axis=0) + self.last_s
 
-    def lay_out(self, attention_sms: int, mlp_sms: int, blocks: tuple[Block, ...] | None = None) -> TwoLanes:
-        """The lanes, filled as weave() fills them with all blocks, or with those given."""
-        sms = (attention_sms, mlp_sms)
-        lanes, before = TwoLanes(), None
-        for block in blocks or self.cost.parts.blocks:
-            # what is in flight as a block's repeats begin is what its own last part sent
-            before = block.parts[-1] if block.repeats > 1 else before
-            lanes.run_block(list(self._turns(block, before, sms)), block.repeats)
-            before = block.parts[-1]
-        return lanes
+    def best_counts(self, cut: int) -> tuple[int, int]:
+        """The indices of the SM counts that are best for the cut of that index."""
+        attention_s, mlp_s = self.site_s
+        return int(attention_s[:, cut].argmin()), int(mlp_s[:, cut].argmin())
 
-    def _best_of_site(self, site: int, counts: Iterable[int], worth: float) -> tuple[float, int]:
-        """(seconds of the core's segments that run beside sums of that site, the SM count that makes them least)."""
-        parts = self.cost.core.parts
-        # beside the first half's sum the second computes the same part, beside the second's the first the next
-        stages = [
-            (half, part, other, self._alone_s(half, part))
-            for other, after in zip(parts, (*parts[1:], parts[0]))
-            if SITES[other.site] == site
-            for half, part in ((1, other), (0, after))
-        ]
-        best_s, best_sms = math.inf, 0
-        for sms in counts:
-            sums = [self._sum(1 - half, other, sms) for half, _, other, _ in stages]
-            if sum(max(sum_s, stage[3]) for (sum_s, _), stage in zip(sums, stages)) >= worth * best_s:
-                continue  # not even if the sums took nothing from the segments
-            seconds = 0.0
-            for (half, part, _, alone_s), (sum_s, taken) in zip(stages, sums):
-                beside_s = self._beside_s(half, part, sms, taken)
-                seconds += sum_s if beside_s <= sum_s else sum_s + (1.0 - sum_s / beside_s) * alone_s
-            best_s, best_sms = min((best_s, best_sms), (seconds, sms))
-        return best_s, best_sms
+    def device_s(self, cut: int, attention: int, mlp: int) -> float:
+        """By indices."""
+        attention_s, mlp_s = self.site_s
+        return float(attention_s[attention, cut] + mlp_s[mlp, cut] + self.last_s[cut])
 
-    def _turns(self, block: Block, before: Part | None, sms: tuple[int, int]) -> Iterator[tuple[Turn, Turn]]:
-        for part in block.parts:
-            yield self._turn(0, part, before, sms), self._turn(1, part, part, sms)
-            before = part
+    def hidden_s(self, cut: int, attention: int, mlp: int) -> float:
+        """Of requests, while the other half computed. By indices."""
+        attention_s, mlp_s = self._by_site((turn, beside.hidden_s) for turn, beside in self.turns())
+        return float(attention_s[attention, cut] + mlp_s[mlp, cut])
 
-    def _turn(self, half: int, part: Part, other: Part | None, sms: tuple[int, int]) -> Turn:
-        """other: the part of the other half whose request may be in flight."""
-        alone_s, (sum_s, _) = self._alone_s(half, part), self._sum(half, part, sms[SITES[part.site]])
-        if self.cost.world_size == 1:  # nothing to send: the norm stays on the compute lane
-            return alone_s + sum_s, alone_s + sum_s, 0.0
-        if other is None:
-            return alone_s, alone_s, sum_s
-        beside = sms[SITES[other.site]]
-        _, taken = self._sum(1 - half, other, beside)
-        return alone_s, self._beside_s(half, part, beside, taken), sum_s
+    def turns(self) -> Iterator[tuple[Turn, Beside]]:
+        """Every kind of turn."""
+        for turn in self.cost.parts.turns:
+            sum_s, crowding = self._other(turn)
+            if self.rough:
+                seconds = self.cost.roughly_s(turn.part, self.work)
+            else:
+                seconds = self.cost.segment_s(turn.part, self.work, self._sms, crowding)
+            if self.cost.world_size == 1:  # nothing to send: the norm stays on the compute lane
+                seconds = seconds + self.cost.request_s(turn.part, self.work, "weave")
+            yield turn, Beside(seconds[0], np.maximum(seconds[1:], seconds[0]), sum_s)  # never faster
 
-    def _alone_s(self, half: int, part: Part) -> float:
-        return self._segment(half, part)[1]
+    def _by_site(self, turns: Iterable[tuple[Turn, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+        """[counts, 2, cuts] of every turn, added up by the site of the sum that each half's segment runs beside."""
+        sites = np.zeros((2, self._shape[0], self._shape[2]))
+        for turn, seconds in turns:
+            times_s = seconds if turn.times == 1 else turn.times * seconds
+            sites[SITES[(turn.before or turn.part).site]] += times_s[:, 0]
+            sites[SITES[turn.part.site]] += times_s[:, 1]
+        return sites[0], sites[1]
 
-    def _segment(self, half: int, part: Part) -> tuple[Segment, float]:
-        """(what the part computes, seconds of it alone)."""
-        known = self._segments.get((part, half))
+    def _other(self, turn: Turn) -> tuple[np.ndarray, np.ndarray]:
+        """(seconds of the requests beside a turn, the second half's before it and the first half's own; what they make
+        the memory slower by, 1 in front for alone)."""
+        key = turn.before and turn.before.request, turn.part.request
+        known = self._others.get(key)
         if known is None:
-            segment = self.cost.segment(part, self.halves[half])
-            known = self._segments[part, half] = segment, segment.seconds(self.cost.hardware.sms)
+            sum_s, crowding = np.zeros(self._shape), np.ones((self._shape[0] + 1, *self._shape[1:]))
+            sum_s[:, 1], crowding[1:, 1] = (each[:, 0] for each in self._request(turn.part))
+            if turn.before is not None:
+                sum_s[:, 0], crowding[1:, 0] = (each[:, 1] for each in self._request(turn.before))
+            known = self._others[key] = sum_s, crowding
         return known
 
-    def _beside_s(self, half: int, part: Part, sms: int, taken: float) -> float:
-        """While a request of the other half takes `sms` SMs, and its share of the memory's bandwidth. Never faster."""
-        segment, alone_s = self._segment(half, part)
-        beside_s = segment.seconds(max(1, self.cost.hardware.sms - sms), taken)
-        return beside_s if beside_s > alone_s else alone_s
-
-    def _sum(self, half: int, part: Part, sms: int) -> tuple[float, float]:
-        """(seconds of the request that ends `part`, the share of the memory's bandwidth that it takes meanwhile)."""
-        rows = self.halves[half].going(part)
-        if part.gathers:
-            return self.cost.request_s(part, rows, "weave", sms), 0.0
-        known = self._sums.get((rows, sms))  # whatever was computed before it
+    def _request(self, part: Part) -> tuple[np.ndarray, np.ndarray]:
+        """(seconds, what it makes the memory slower by) of the request that ends a part, [counts, 2, cuts]."""
+        known = self._requests.get(part.request)
         if known is None:
-            seconds = self.cost.request_s(part, rows, "weave", sms)
-            known = self._sums[rows, sms] = seconds, self.cost.taken(rows, seconds) if rows else 0.0
+            sum_s, crowding = np.zeros(self._shape), np.ones(self._shape)
+            if self.cost.world_size > 1:
+                sum_s[:] = self.cost.woven_request_s(part, self.work, self.counts)
+                crowding = crowding if self.rough else crowding * self.cost.crowding(part, self.work, sum_s)
+            known = self._requests[part.request] = sum_s, crowding
         return known

@@ -1,15 +1,8 @@
-"""Batch: what one step computes, as integers; and Half: a range of its rows, as tensors for the model."""
+"""Batch: what one step computes, as integers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
-
-from torch import Tensor
-
-from tokenweave.engine.upload import integers
-from tokenweave.models.attention import PagedAttention
-from tokenweave.weave.request import Rows
 
 
 @dataclass(frozen=True)
@@ -33,9 +26,14 @@ class Span:
 
 @dataclass(frozen=True)
 class Batch:
-    """The spans of one step, one after the other; a row is a token."""
+    """The spans of one step, one after the other; a row is a token.
+
+    late: (row, index) of every row whose token the host does not know yet: it is the token that the previous step has
+    sampled at `index`, and still on the device. Such a row's span holds any token id in its place.
+    """
 
     spans: tuple[Span, ...]
+    late: tuple[tuple[int, int], ...] = ()
 
     @property
     def rows(self) -> int:
@@ -49,7 +47,7 @@ class Batch:
             if first < last:
                 kept.append(span.narrow(first, last))
             at += len(span)
-        return Batch(tuple(kept))
+        return Batch(tuple(kept), tuple((row - start, index) for row, index in self.late if start <= row < stop))
 
     def wanted_rows(self) -> tuple[int, ...]:
         """The rows that make logits, ascending."""
@@ -59,26 +57,3 @@ class Batch:
             at += len(span)
             rows += range(at - span.wanted, at)
         return tuple(rows)
-
-
-class Half:
-    """What a strand sees of its rows: ids and positions, the rows that make logits, attention, and buffers to fill."""
-
-    def __init__(self, batch: Batch, storage: Tensor, channel: Any):
-        device = storage.device
-        self.channel = channel
-        self.token_ids = integers([token for span in batch.spans for token in span.tokens], device)
-        positions = [range(span.context, span.context + len(span)) for span in batch.spans]
-        self.positions = integers([position for run in positions for position in run], device)
-        self.rope_lengths = [
-            max(span.prompt_len, position + 1)
-            for span, run in zip(batch.spans, positions, strict=True)
-            for position in run
-        ]
-        wanted = batch.wanted_rows()
-        self.logits_rows = Rows(wanted, integers(wanted, device))
-        self.attention = PagedAttention(batch.spans, storage)
-
-    def partial(self, rows: int) -> Tensor:
-        """[rows, hidden]: where the next partial is to be written."""
-        return self.channel.partial(rows)

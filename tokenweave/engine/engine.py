@@ -5,20 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from tokenweave.comm.group import Ranks
 from tokenweave.config import EngineConfig
 from tokenweave.cost.planner import Planner
 from tokenweave.engine.batch import Batch
+from tokenweave.engine.fetch import Fetch
 from tokenweave.engine.kv_cache import BlockPool
+from tokenweave.engine.memory import explained
 from tokenweave.engine.prompts import Limits
 from tokenweave.engine.request import Completion, Prompt, RequestState, start_request
 from tokenweave.engine.runner import Runner
-from tokenweave.engine.sampler import Sampled, SamplingRow, sample
+from tokenweave.engine.sampler import RowLogprobs, Sampled, SamplingRow, sample
 from tokenweave.engine.scheduler import Scheduled, Scheduler
 from tokenweave.engine.vocabulary import Vocabulary
 from tokenweave.weave.plan import Plan
+
+LOWER = "lower gpu_memory_utilization, which leaves more beside the KV cache, or max_num_batched_tokens"
 
 
 @dataclass(frozen=True)
@@ -30,11 +35,35 @@ class Step:
     rows: tuple[SamplingRow, ...]  # one for each row that makes logits
 
 
-def run_step(runner: Runner, step: Step) -> Sampled:
-    """The same on every rank: forward, then draw from the gathered logits, which gives every rank the same tokens."""
-    logits = runner.forward(step.batch, step.plan)
-    runner.check()
-    return sample(logits, step.rows)
+def run_step(runner: Runner, step: Step, previous: Sampled | None = None) -> Sampled:
+    """The same on every rank: forward, then draw from the gathered logits, which gives every rank the same tokens.
+
+    previous: of the step before, whose tokens may be late. On CUDA this comes back when everything is queued.
+    Raises MemoryError with the numbers where a GPU's memory runs out.
+    """
+    token_ids = None if previous is None else previous.token_ids
+    with explained(f"a step of {step.batch.rows} rows", LOWER, runner.meter):
+        logits = runner.forward(step.batch, step.plan, token_ids)
+        return sample(logits, step.rows, token_ids)
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step on its way: the completions that get a token from it, what it draws, and the copy of that to the host."""
+
+    drawing: list[tuple[RequestState, Completion]]
+    sampled: Sampled
+    copy: Fetch
+
+    def wait(self) -> list[tuple[int, RowLogprobs | None]]:
+        """Per completion its token and log-probabilities. The one wait for the device in all of a step, and bounded.
+
+        Raises PeerError where a sum gave up on a rank.
+        """
+        return self.sampled.holding(self.copy.wait()).read()
+
+
+Running = dict[int, tuple[RequestState, Completion]]  # by the id of the completion's sequence
 
 
 class Engine:
@@ -57,6 +86,9 @@ class Engine:
         self.scheduler = Scheduler(pool, config.max_num_batched_tokens, config.max_num_seqs, config.policy)
         self.limits = Limits(runner.spec.vocab_size, runner.max_model_len, pool.num_blocks * config.block_size)
         self.requests_seen = 0
+        asked = config.async_scheduling
+        self.overlapped = ranks.device.type == "cuda" if asked is None else asked
+        self.sampled: Sampled | None = None  # of the last step
 
     def run(self, prompts: list[Prompt]) -> Generator[list[RequestState], None, None]:
         """Generate for all prompts. First yields every request, then after each step those that got tokens."""
@@ -64,46 +96,69 @@ class Engine:
         running = {id(one.sequence): (request, one) for request in requests for one in request.completions}
         yield requests
         try:
-            while self.scheduler.busy:
-                yield self._step(running)
+            yield from (self._overlapped if self.overlapped else self._plain)(running)
         finally:
             for _, completion in running.values():
                 if completion.finish_reason is None:
                     self.scheduler.finish(completion.sequence)
 
-    def _step(self, running: dict[int, tuple[RequestState, Completion]]) -> list[RequestState]:
-        """Schedule, run, take in."""
+    def _plain(self, running: Running) -> Iterator[list[RequestState]]:
+        """Launch a step, take in its tokens."""
+        while (launched := self._launch(running)) is not None:
+            yield self._take_in(launched)
+
+    def _overlapped(self, running: Running) -> Iterator[list[RequestState]]:
+        """Launch a step before the tokens of the one before it are taken in: while those are computed."""
+        launched = self._launch(running)
+        while launched is not None:
+            following = self._launch(running)
+            yield self._take_in(launched)
+            launched = following
+
+    def _launch(self, running: Running) -> Launched | None:
+        """Schedule, describe, send, run. None if there is nothing left to run."""
+        if not self.scheduler.busy:
+            return None
         scheduled = self.scheduler.schedule()
         for one in scheduled:
             note_start(running[id(one.sequence)][0], one)
         step, drawing = self._describe(scheduled, running)
+        self.scheduler.launched(scheduled)
         self.ranks.send(step)
-        sampled = run_step(self.runner, step)
-        self.scheduler.computed(scheduled)
-        return self._take_in(drawing, sampled)
+        self.sampled = run_step(self.runner, step, self.sampled)
+        return Launched(drawing, self.sampled, self.runner.fetch(self.sampled.tensors))
 
     def _describe(
-        self, scheduled: list[Scheduled], running: dict[int, tuple[RequestState, Completion]]
+        self, scheduled: list[Scheduled], running: Running
     ) -> tuple[Step, list[tuple[RequestState, Completion]]]:
         """The step as every rank needs it, and the completions that get a token from it."""
-        batch = Batch(tuple(one.sequence.span(one.count) for one in scheduled))
+        batch = Batch(tuple(one.sequence.span(one.count) for one in scheduled), late_rows(scheduled))
         wanting = zip(scheduled, batch.spans, strict=True)
         drawing = [running[id(one.sequence)] for one, span in wanting if span.wanted]
-        plan = self.planner.plan(batch.spans)
-        return Step(batch, plan, tuple(completion.row() for _, completion in drawing)), drawing
+        step = Step(batch, self.planner.plan(batch.spans), tuple(completion.row() for _, completion in drawing))
+        for at, (_, completion) in enumerate(drawing):
+            completion.sequence.drawn_at = at
+        return step, drawing
 
-    def _take_in(self, drawing: list[tuple[RequestState, Completion]], sampled: Sampled) -> list[RequestState]:
-        now_s = time.monotonic()
-        for (request, completion), token_id, logprobs in zip(
-            drawing, sampled.token_ids.tolist(), sampled.logprobs, strict=True
-        ):
-            completion.push(token_id, logprobs)
-            request.first_token_s = request.first_token_s or now_s
-            if completion.finish_reason is not None:
-                self.scheduler.finish(completion.sequence)
-            if request.finished:
-                request.finished_s = now_s
-        return list(dict.fromkeys(request for request, _ in drawing))
+    def _take_in(self, launched: Launched) -> list[RequestState]:
+        """Wait for a step's tokens and pass them on. A text that has ended meanwhile wants none."""
+        drawn, now_s = launched.wait(), time.monotonic()
+        wanting = []
+        for (request, completion), (token_id, logprobs) in zip(launched.drawing, drawn, strict=True):
+            completion.sequence.late -= 1
+            if completion.finish_reason is None:
+                completion.push(token_id, logprobs)
+                self._note(request, completion, now_s)
+                wanting.append(request)
+        return list(dict.fromkeys(wanting))
+
+    def _note(self, request: RequestState, completion: Completion, now_s: float) -> None:
+        """A token is out."""
+        request.first_token_s = request.first_token_s or now_s
+        if completion.finish_reason is not None:
+            self.scheduler.finish(completion.sequence)
+        if request.finished:
+            request.finished_s = now_s
 
     def _start(self, prompt: Prompt) -> RequestState:
         request = start_request(self.requests_seen, prompt, self._salt(prompt), self.config.seed, self.vocabulary)
@@ -126,11 +181,30 @@ def note_start(request: RequestState, scheduled: Scheduled) -> None:
         request.cached_tokens = scheduled.sequence.computed
 
 
+def late_rows(scheduled: list[Scheduled]) -> tuple[tuple[int, int], ...]:
+    """As Batch.late: (row, place among the tokens that the step before draws) of each token that is not known yet."""
+    rows = zip(accumulate(one.count for one in scheduled), scheduled, strict=True)
+    return tuple((stop - 1, one.sequence.drawn_at) for stop, one in rows if one.sequence.late)
+
+
 def follow(runner: Runner, ranks: Ranks) -> Iterator[Any]:
-    """The other ranks' main loop: run what rank 0 says, yield whatever else it sends."""
+    """The other ranks' main loop: run what rank 0 says, yield whatever else it sends.
+
+    Tokens stay on the device: only rank 0 ever waits for it, so it is rank 0 that hears of a step that does not end.
+    """
+    sampled: Sampled | None = None
     while True:
-        message = ranks.receive()
+        message = receive(runner, ranks)
         if isinstance(message, Step):
-            run_step(runner, message)
+            sampled = run_step(runner, message, sampled)
         else:
             yield message
+
+
+def receive(runner: Runner, ranks: Ranks) -> Any:
+    """The next message of rank 0. Where that is gone, what this rank's own sums have to report says more."""
+    try:
+        return ranks.receive()
+    except RuntimeError:
+        runner.check()
+        raise

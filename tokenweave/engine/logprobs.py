@@ -1,6 +1,6 @@
 """Log-probabilities to report, from raw logits."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,20 +22,39 @@ class RowLogprobs:
     ranks: list[int]
 
 
-def row_logprobs(logits: Tensor, token_ids: Tensor, rows: Sequence[SamplingRow]) -> list[RowLogprobs | None]:
-    """Per row of logits [R, V] with sampled token_ids, int64 [R]; None where the row asks for none."""
-    results: list[RowLogprobs | None] = [None] * len(rows)
+@dataclass(frozen=True)
+class Reports:
+    """The log-probabilities of a step, as tensors: A rows ask for some, at most for the K likeliest tokens.
+
+    token_ids: int64 [A, 1 + K], the sampled token first. logprobs: fp32 [A, 1 + K]. ranks: int64 [A], of the sampled.
+    """
+
+    asked: Mapping[int, int]  # {row of the step: how many of the likeliest it asks for}
+    token_ids: Tensor
+    logprobs: Tensor
+    ranks: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.token_ids, self.logprobs, self.ranks
+
+    def read(self) -> dict[int, RowLogprobs]:
+        """By row. Reads the tensors, which should be on the host by now."""
+        values = zip(*(tensor.tolist() for tensor in self.tensors), strict=True)
+        pairs = zip(self.asked.items(), values, strict=True)
+        return {row: _row_logprobs(count, *listed) for (row, count), listed in pairs}
+
+
+def report(logits: Tensor, token_ids: Tensor, rows: Sequence[SamplingRow]) -> Reports | None:
+    """Of the rows of logits [R, V], with sampled token_ids, int64 [R], that ask for one; None if none does."""
     asked = {i: row.logprobs for i, row in enumerate(rows) if row.logprobs is not None}
     if not asked:
-        return results
+        return None
     index = integers(list(asked), logits.device)
     logprobs, sampled = logits[index].float().log_softmax(-1), token_ids[index][:, None]
     listed = torch.cat([sampled, _likeliest(logprobs, max(asked.values()))], -1)
     values = logprobs.gather(-1, listed)
-    rank = (logprobs > values[:, :1]).sum(-1) + 1
-    for i, *row in zip(asked, listed.tolist(), values.tolist(), rank.tolist(), strict=True):
-        results[i] = _row_logprobs(asked[i], *row)
-    return results
+    return Reports(asked, listed, values, (logprobs > values[:, :1]).sum(-1) + 1)
 
 
 def _likeliest(logprobs: Tensor, count: int) -> Tensor:

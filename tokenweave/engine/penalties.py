@@ -11,8 +11,10 @@ from tokenweave.engine.sampling_row import SamplingRow
 from tokenweave.engine.upload import floats, integers
 
 
-def penalise(scores: Tensor, rows: Sequence[SamplingRow]) -> None:
+def penalise(scores: Tensor, rows: Sequence[SamplingRow], previous: Tensor | None = None) -> None:
     """Apply each row's penalties to scores, fp32 [R, V], in place.
+
+    previous: int64, the tokens of the step before; row.late is the place among them of the row's last output token.
 
     repetition, over prompt and output: positive scores are divided by it, negative ones multiplied.
     presence and frequency, over the output: subtracted once, and once per occurrence.
@@ -20,7 +22,7 @@ def penalise(scores: Tensor, rows: Sequence[SamplingRow]) -> None:
     penalised = [i for i, row in enumerate(rows) if row.penalised]
     if penalised:
         index = integers(penalised, scores.device)
-        scores[index] = _penalised(scores[index], [rows[i] for i in penalised])
+        scores[index] = _penalised(scores[index], [rows[i] for i in penalised], previous)
 
 
 def suppress(scores: Tensor, rows: Sequence[SamplingRow]) -> None:
@@ -30,8 +32,9 @@ def suppress(scores: Tensor, rows: Sequence[SamplingRow]) -> None:
         scores.index_put_(_places(token_ids, scores.device), scores.new_full((), -math.inf))
 
 
-def _penalised(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+def _penalised(scores: Tensor, rows: Sequence[SamplingRow], previous: Tensor | None) -> Tensor:
     outputs = _counts([row.output_token_ids for row in rows], scores)
+    _count_late(outputs, rows, previous)
     seen = outputs + _counts([row.prompt_token_ids for row in rows], scores) > 0
     repetition = floats([row.repetition_penalty for row in rows], scores.device)[:, None]
     presence = floats([row.presence_penalty for row in rows], scores.device)[:, None]
@@ -43,6 +46,14 @@ def _penalised(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 def _counts(token_ids: Sequence[Sequence[int]], like: Tensor) -> Tensor:
     """How often each token occurs in each row, in the shape and dtype of `like`."""
     return torch.zeros_like(like).index_put_(_places(token_ids, like.device), like.new_ones(()), accumulate=True)
+
+
+def _count_late(counts: Tensor, rows: Sequence[SamplingRow], previous: Tensor | None) -> None:
+    late = {i: row.late for i, row in enumerate(rows) if row.late is not None}
+    if late:
+        assert previous is not None  # or there was no step before
+        places = integers(list(late), counts.device), previous[integers(list(late.values()), counts.device)]
+        counts.index_put_(places, counts.new_ones(()), accumulate=True)
 
 
 def _places(token_ids: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,8 @@ from tokenweave.comm.group import Ranks, Rendezvous, join
 from tokenweave.config import EngineConfig
 from tokenweave.cost.measure import measure_step_times
 from tokenweave.cost.planner import Planner
+from tokenweave.engine.allocation import allocate_cache
+from tokenweave.engine.memory import explained, open_meter
 from tokenweave.engine.planning import open_planner
 from tokenweave.engine.runner import Runner
 from tokenweave.models.hub import resolve
@@ -55,14 +57,14 @@ def open_rank(config: EngineConfig, meeting: Rendezvous | None = None, observers
 def load_rank(config: EngineConfig, ranks: Ranks, observers: tuple[Observer, ...]) -> Rank:
     # Rank 0 downloads first; ranks of its host then find the model in the cache.
     ranks.first_rank_only("finding the model", lambda: prepare(config))
-    with ranks.together("loading the model"):
-        folder = resolve(config.model)
+    full = explained("the weights", "raise tensor_parallel_size, or free memory", open_meter(ranks.device), ValueError)
+    with ranks.together("loading the model"), full:
+        folder = find_model(config)
         hf_config = read_config(folder)
         runner = Runner(config, ranks, folder, hf_config, observers)
     try:
         runner.connect()
-        with ranks.together("allocating the KV cache"):
-            runner.allocate()
+        allocate_cache(runner)
         # Not `together`, which would wait for ranks in mid-step: these see the connections of one that failed end.
         measured = config.overlap == "auto" and ranks.world_size > 1
         times = measure_step_times(runner) if measured else None
@@ -78,7 +80,11 @@ def prepare(config: EngineConfig) -> None:
     """What one rank does for all, before anything that takes long."""
     if config.trace is not None and not Path(config.trace).absolute().parent.is_dir():
         raise ValueError(f"trace={config.trace!r} cannot be written: its folder does not exist; make it first")
-    resolve(config.model)
+    find_model(config)
+
+
+def find_model(config: EngineConfig) -> Path:
+    return resolve(config.model, weights=config.load_format != "dummy")
 
 
 def local_place(meeting: Rendezvous | None) -> tuple[int, int]:

@@ -47,10 +47,11 @@ class Completion:
 
     def row(self) -> SamplingRow:
         """How the next token is to be drawn."""
-        sequence = self.sequence
+        sequence, eos = self.sequence, self.vocabulary.eos_token_ids
         if self.params.greedy and self.plain:
             return sampling_row(self.params, self.key, (), ())
-        return sampling_row(self.params, self.key, sequence.prompt, sequence.output, self.vocabulary.eos_token_ids)
+        late = sequence.drawn_at if sequence.late else None
+        return sampling_row(self.params, self.key, sequence.prompt, sequence.output, eos, late)
 
     @property
     def plain(self) -> bool:
@@ -140,8 +141,8 @@ def start_request(number: int, prompt: Prompt, salt: int, engine_seed: int, voca
     """
     params = prompt.params
     seed, index = (engine_seed, number + 1) if params.seed is None else (params.seed, 0)
+    sequences = [Sequence(prompt.token_ids, number, salt, prompt.max_tokens) for _ in range(params.n)]
     completions = [
-        Completion(i, prompt, Sequence(prompt.token_ids, number, salt), request_key(seed, index, i), vocabulary)
-        for i in range(params.n)
+        Completion(i, prompt, sequence, request_key(seed, index, i), vocabulary) for i, sequence in enumerate(sequences)
     ]
     return RequestState(str(number), prompt, completions)

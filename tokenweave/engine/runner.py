@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tokenweave.comm.communicator import Channel, Communicator
 from tokenweave.comm.group import Ranks
+from tokenweave.comm.transport import Transport
 from tokenweave.config import EngineConfig
-from tokenweave.engine.batch import Batch, Half, Span
+from tokenweave.engine.attention import Backends, HalfAttention, check_attention, open_attention
+from tokenweave.engine.batch import Batch, Span
+from tokenweave.engine.buckets import Bounds, Bucket
+from tokenweave.engine.capturer import Capturer, CudaCapturer
 from tokenweave.engine.communication import open_communicator, open_transport
-from tokenweave.engine.kv_cache import allocate_storage
+from tokenweave.engine.fetch import Fetch
+from tokenweave.engine.graphs import Graphs
+from tokenweave.engine.half import Half
+from tokenweave.engine.inputs import Inputs, inputs_of
+from tokenweave.engine.memory import Memory, explained, open_meter
+from tokenweave.engine.packing import upload
+from tokenweave.engine.tables import Tables, capacity_of, tables_of
 from tokenweave.models.checkpoint import Checkpoint
 from tokenweave.models.decoder import Decoder
+from tokenweave.models.dummy import fill
 from tokenweave.models.layers import Place
 from tokenweave.models.registry import read_spec
 from tokenweave.models.spec import DecoderSpec
@@ -27,20 +43,24 @@ from tokenweave.weave.lanes import InlineLane, Observer, open_lane
 from tokenweave.weave.plan import Plan
 from tokenweave.weave.weave import weave
 
-CPU_CACHE_SHARE = 0.25  # of the memory that is free, for the KV cache, over all ranks of this host
-CUDA_CACHE_SHARE = 0.90  # of what the weights left free
+log = logging.getLogger(__name__)
 
 
 class Runner:
     """Everything of a rank that computes. Built on every rank in the same order, since building it communicates."""
+
+    storage: Tensor  # the KV cache, and what memory is for: see allocation.py
+    memory: Memory
 
     def __init__(
         self, config: EngineConfig, ranks: Ranks, folder: Path, hf_config: Any, observers: tuple[Observer, ...] = ()
     ):
         self.config = config
         self.ranks = ranks
+        self.meter = open_meter(ranks.device)
         self.spec: DecoderSpec = read_spec(folder, hf_config)
         self.dtype = pick_dtype(config.dtype, hf_config, ranks.device)
+        check_attention(config.attention, ranks.device, self.dtype, self.spec.head_dim)
         self.max_model_len = config.max_model_len or longest(self.spec)
         if self.max_model_len > longest(self.spec):
             raise ValueError(
@@ -52,10 +72,16 @@ class Runner:
         watching = (*observers, *((TraceObserver(self.recorder),) if self.recorder else ()))
         place = Place(ranks.rank, ranks.world_size, self.dtype, ranks.device)
         self.model = Decoder(self.spec, hf_config, self.max_model_len, place)
-        self._load(Checkpoint(folder))
+        if config.load_format == "dummy":
+            fill(self.model.loads(), self.spec.norm_offset)
+        else:
+            self._load(Checkpoint(folder))
         self.transport = open_transport(config, ranks)
         self.inline = InlineLane(watching)
         self.lane = open_lane(ranks.device, ranks.timeout_s, watching)
+        captured = ranks.device.type == "cuda" and not config.enforce_eager
+        self.capturer: Capturer | None = CudaCapturer(ranks.device) if captured else None
+        self.steps, self.queued = 0, "nothing"  # for errors: how many steps were queued, and the last one
 
     def connect(self) -> None:
         """Open what forms the sums. Collective, so not a part of building, which may fail on one rank alone."""
@@ -64,36 +90,117 @@ class Runner:
         )
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, plan: Plan) -> Tensor:
-        """Logits [rows that make logits, vocabulary] fp32, the same on every rank."""
-        lane = self.inline if plan.cut is None else self.lane
-        bounds = enumerate(plan.bounds)
-        channels = [self.communicator.open(stop - start, i, lane, plan.form, plan.sms) for i, (start, stop) in bounds]
-        halves = [
-            Half(batch.narrow(*bound), self.storage, channel)
-            for bound, channel in zip(plan.bounds, channels, strict=True)
-        ]
-        strands = [self.model.strand(half) for half in halves]
+    def forward(self, batch: Batch, plan: Plan, previous: Tensor | None = None) -> Tensor:
+        """Logits [rows that make logits, vocabulary] fp32, the same on every rank.
+
+        previous: int64, the tokens that the step before drew, on this device: late rows find theirs there.
+        """
+        self.steps += 1
+        self.queued = f"step {self.steps}: {batch.rows} rows" + (f", cut at {plan.cut}" if plan.cut else "")
         if self.recorder is not None:
             self._label(batch)
+        if self.graphs is not None and self.graphs.takes(batch):
+            return self.graphs.forward(batch, plan, previous)
+        parts = [batch.narrow(*bound) for bound in plan.bounds]
+        inputs = upload([inputs_of(part, self._tables(part)) for part in parts], self.ranks.device)
+        attentions = [self.attention.eager(part.spans, of.tables) for part, of in zip(parts, inputs, strict=True)]
+        channels = self._channels([part.rows for part in parts], plan.form, plan.sms)
+        halves = [Half(*each, previous) for each in zip(parts, inputs, attentions, channels, strict=True)]
+        return torch.cat(self._weave(halves))
+
+    def queue(
+        self,
+        bucket: Bucket,
+        parts: Sequence[Batch],
+        inputs: Sequence[Inputs[Tensor]],
+        attentions: Sequence[HalfAttention],
+        previous: Tensor,
+    ) -> list[Tensor]:
+        """As Steps.queue."""
+        channels = self._channels([capacity.tokens for capacity in bucket.halves], bucket.form, bucket.sms)
+        each = zip(parts, inputs, attentions, channels, strict=True)
+        return self._weave([Half(*of, previous, captured=True) for of in each])
+
+    @cached_property
+    def attention(self) -> Backends:
+        """Asked for at the first step, when the cache is there."""
+        return open_attention(self.config.attention, self.storage)
+
+    @cached_property
+    def graphs(self) -> Graphs | None:
+        """None where every step is queued anew. Collective: asked for at the first step, when all it needs is open."""
+        config, first = self.config, self.ranks.rank == 0
+        if self.capturer is None:
+            return None
+        attention = self.attention.captured
+        able = attention is not None and self.spec.rope.get("rope_type") != "dynamic"
+        if not all(self.ranks.gather(able)):  # a captured step is padded, and its sums are too: all ranks or none
+            if first:
+                log.info("no CUDA graphs: attention, or dynamic rope, decides on the host what is queued")
+            return None
+        assert attention is not None
+        most_rows = config.max_num_batched_tokens
+        bounds = Bounds(
+            decode_rows=min(config.max_num_seqs, most_rows),
+            prefill_tokens=min(config.cuda_graph_max_tokens, most_rows),
+            blocks=-(-self.max_model_len // config.block_size),
+            block_size=config.block_size,
+        )
+        shape = (self.spec.num_layers, config.max_num_seqs, self.ranks.device)
+        return Graphs(self, attention, self.capturer, bounds, *shape, config.progress and first)
+
+    def _channels(self, rows: Sequence[int], form: str, sms: Mapping[str, int]) -> list[Channel]:
+        """One for each half of so many rows."""
+        lane = self.inline if len(rows) == 1 else self.lane
+        return [self.communicator.open(count, i, lane, form, sms) for i, count in enumerate(rows)]
+
+    def _weave(self, halves: Sequence[Half]) -> list[Tensor]:
+        """Each half's logits [rows that make logits, vocabulary] fp32."""
+        strands = [self.model.strand(half) for half in halves]
+        if self.recorder is not None:
             strands = [observed(strand, i, self.recorder) for i, strand in enumerate(strands)]
-        return torch.cat(weave(strands, channels))
+        return weave(strands, [half.channel for half in halves])
+
+    def _tables(self, batch: Batch) -> Tables[np.ndarray] | None:
+        """Of exactly this batch, where attention reads any."""
+        if not self.attention.eager.reads_tables:
+            return None
+        block_size = self.config.block_size
+        return tables_of(batch.spans, capacity_of(batch.spans, block_size), self.spec.num_layers, block_size)
 
     def blank_batch(self, rows: int) -> Batch:
         """A prompt of `rows` tokens in the cache's first blocks, to time or warm up a step with."""
         blocks = tuple(range(-(-rows // self.config.block_size)))
         return Batch((Span((0,) * rows, 0, blocks, prompt_len=rows, wanted=1),))
 
+    def fetch(self, tensors: Sequence[Tensor] = ()) -> Fetch:
+        """Start to bring tensors of this device to the host, behind all that is queued now. `wait` of what this returns
+        is bounded, and raises PeerError if a sum gives up on a rank: what it leaves behind is of no use."""
+        return Fetch(tensors, self.ranks.device, self.communicator.check, 2 * self.ranks.timeout_s, self.queued)
+
     def check(self) -> None:
-        """Raises PeerError if a sum of the last step gives up on a rank: what it leaves behind is of no use."""
-        self.communicator.finish()
+        """Raises PeerError if a sum that is done gave up on a rank. Does not wait."""
+        self.communicator.check()
 
     def synchronize(self) -> None:
-        """Wait until everything that was queued is done."""
-        if self.ranks.device.type == "cuda":
-            torch.cuda.synchronize(self.ranks.device)
+        """Wait until everything that was queued is done. Bounded and checked as a fetch."""
+        self.fetch().wait()
+
+    @property
+    def sums(self) -> tuple[Communicator, Transport]:
+        """As Steps.sums. A harness may change them between steps."""
+        return self.communicator, self.communicator.transport
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """As Steps.capturing."""
+        lower = "lower gpu_memory_utilization, or use enforce_eager=True"
+        with self.ranks.together("capturing a CUDA graph"), explained("a CUDA graph", lower, self.meter):
+            yield
 
     def close(self) -> None:
+        if "graphs" in vars(self) and self.graphs is not None:
+            self.graphs.close()
         self.lane.close()
         self.transport.close()
 
@@ -112,25 +219,6 @@ class Runner:
                 f"the checkpoint holds {len(left)} tensors that the model has no use for: {listed}", stacklevel=2
             )
 
-    def allocate(self) -> None:
-        """Allocate the KV cache: as many blocks as asked for, else as many as the poorest rank has memory for."""
-        spec, block_size = self.spec, self.config.block_size
-        kv_heads = len(self.model.layers[0].attention.kv_heads)
-        block_bytes = 2 * spec.num_layers * block_size * kv_heads * spec.head_dim * self.dtype.itemsize
-        wanted = self.config.max_num_seqs * -(-self.max_model_len // block_size)
-        mine = self.config.num_kv_blocks or min(wanted, cache_bytes(self.ranks.device) // block_bytes)
-        blocks = min(self.ranks.gather(mine))
-        if blocks < 1:
-            raise ValueError(
-                f"no memory is left for one KV block of {block_bytes} bytes; lower block_size or free memory"
-            )
-        shape = (blocks, spec.num_layers, block_size, kv_heads, spec.head_dim)
-        try:
-            self.storage = allocate_storage(*shape, self.dtype, self.ranks.device)
-        except RuntimeError as error:  # torch's way to say out of memory
-            size = f"{blocks} KV blocks of {block_bytes} bytes"
-            raise ValueError(f"there is no memory for {size}; lower num_kv_blocks, or free memory") from error
-
 
 def pick_dtype(asked: str, hf_config: Any, device: torch.device) -> torch.dtype:
     """The dtype of weights and activations. "auto": the checkpoint's own on CUDA, float32 on a CPU."""
@@ -144,19 +232,3 @@ def longest(spec: DecoderSpec) -> int:
     """Tokens the model was made for; dynamic rope is made for `factor` times its trained length."""
     stretch = spec.rope.get("factor", 1.0) if spec.rope.get("rope_type") == "dynamic" else 1.0
     return int(spec.max_position * stretch)
-
-
-def cache_bytes(device: torch.device) -> int:
-    """Bytes this rank may use for its KV cache."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * CUDA_CACHE_SHARE)
-    return int(available_bytes() * CPU_CACHE_SHARE) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def available_bytes() -> int:
-    """Memory of this host that can be had without swapping: Linux's own estimate, else all that is not in use."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        sizes_kib = dict(line.split()[:2] for line in meminfo.read_text().splitlines())
-        return int(sizes_kib["MemAvailable:"]) << 10
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

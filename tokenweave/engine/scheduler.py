@@ -137,13 +137,20 @@ class Scheduler:
         sequence.preemptions += 1
         self.waiting.append(sequence)
 
-    def computed(self, scheduled: Items[Scheduled]) -> None:
-        """A step is done: its tokens are in the cache."""
+    def launched(self, scheduled: Items[Scheduled]) -> None:
+        """A step is on its way: to all that come after it, what it computes is in the cache.
+
+        A sequence for which it draws the last token has ended here; its blocks may be another's from the next step on.
+        """
         for one in scheduled:
-            one.sequence.computed += one.count
+            one.sequence.advance(one.count)
             one.sequence.publish(self.pool)
+            if one.sequence.full:
+                self.finish(one.sequence)
 
     def finish(self, sequence: Sequence) -> None:
-        """A sequence has ended, wherever it was."""
-        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        """A sequence has ended, wherever it was; perhaps it was known to."""
+        for place in (self.running, self.waiting):
+            if sequence in place:
+                place.remove(sequence)
         sequence.release(self.pool)

@@ -11,13 +11,20 @@ from tokenweave.engine.kv_cache import BlockPool, block_digests
 
 @dataclass(eq=False)
 class Sequence:
-    """tokens: prompt and output. computed: how many of them have their keys and values in the cache."""
+    """tokens: prompt and output, as far as they are known here. computed: how many have their keys and values in the
+    cache. late: how many more there are, drawn by steps in flight, whose ids the device alone knows yet.
+
+    Steps run in order: what a step computes or draws is there for every step that is launched after it.
+    """
 
     prompt: Items[int]
     arrival: int  # requests in order of arrival
     salt: int = 0  # sequences with different salts share no cached prefix
+    max_tokens: int | None = None  # of output; None: nobody knows before it ends
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
+    late: int = 0
+    drawn_at: int = 0  # where its token is among those that the step before draws, if one is late
     block_table: list[int] = field(default_factory=list)
     published: int = 0  # blocks whose prefix others may take up
     digests: list[bytes] = field(default_factory=list)
@@ -31,29 +38,45 @@ class Sequence:
         return self.tokens[len(self.prompt) :]
 
     @property
+    def length(self) -> int:
+        """Tokens there are, late ones among them."""
+        return len(self.tokens) + self.late
+
+    @property
     def left(self) -> int:
         """Tokens to compute before the next one can be sampled."""
-        return len(self.tokens) - self.computed
+        return self.length - self.computed
+
+    @property
+    def full(self) -> bool:
+        """It has all the tokens that it may have."""
+        return self.max_tokens is not None and self.length >= len(self.prompt) + self.max_tokens
 
     def span(self, count: int) -> Span:
-        """The next `count` tokens to compute."""
+        """The next `count` tokens to compute; 0 stands for a late one."""
         stop = self.computed + count
+        known = self.tokens[self.computed : stop]
         return Span(
-            tokens=tuple(self.tokens[self.computed : stop]),
+            tokens=(*known, *(0,) * (count - len(known))),
             context=self.computed,
             block_table=tuple(self.block_table),
             prompt_len=len(self.prompt),
-            wanted=int(stop == len(self.tokens)),
+            wanted=int(stop == self.length),
         )
 
+    def advance(self, count: int) -> None:
+        """A step that computes `count` tokens more is launched; after the last of them it draws another."""
+        self.computed += count
+        self.late += self.computed == self.length
+
     def digest(self, block_size: int) -> list[bytes]:
-        """A digest for each full block of the tokens there are."""
+        """A digest for each full block of the tokens that are known."""
         self.digests = block_digests(self.tokens, block_size, self.salt, self.digests)
         return self.digests
 
     def publish(self, pool: BlockPool) -> None:
-        """Let others take up the blocks that are full and computed."""
-        full = self.computed // pool.block_size
+        """Let others take up the blocks that are full of known tokens and computed."""
+        full = min(self.computed, len(self.tokens)) // pool.block_size
         if pool.caching and full > self.published:
             digests = self.digest(pool.block_size)
             for i in range(self.published, full):

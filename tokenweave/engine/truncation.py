@@ -34,7 +34,9 @@ def truncate(scores: Tensor, rows: Sequence[SamplingRow]) -> None:
 def _ranked_cutoff(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """The lowest scores that top_k and top_p keep, fp32 [R], found among the highest `width` scores if they suffice."""
     vocabulary = scores.shape[1]
-    width = min(max(row.top_k or NUCLEUS_GUESS for row in rows), vocabulary)
+    # Whether a guess was enough only the device knows, and asking it would be waiting for it.
+    guess = NUCLEUS_GUESS if scores.device.type == "cpu" else vocabulary
+    width = min(max(row.top_k or guess for row in rows), vocabulary)
     cutoff, found = _cutoff_within(width, scores, rows)
     if width == vocabulary or all(row.top_k for row in rows) or found.all():
         return cutoff
@@ -45,7 +47,7 @@ def _cutoff_within(width: int, scores: Tensor, rows: Sequence[SamplingRow]) -> t
     """Lowest kept scores, fp32 [R], and whether the highest `width` scores were enough to tell, bool [R]."""
     top_k = integers([row.top_k or scores.shape[1] for row in rows], scores.device)[:, None]
     top_p = floats([row.top_p if row.top_p < 1 else 2.0 for row in rows], scores.device)[:, None]
-    ordered = scores.topk(width).values
+    ordered = (scores.topk(width) if width < scores.shape[1] else scores.sort(descending=True)).values
     inside = torch.arange(width, device=scores.device) < top_k
     # In fp64, so that the order of summation, which depends on the width, does not show.
     weights = ordered.double().exp().masked_fill(~inside, 0)

@@ -18,4 +18,4 @@ def floats(values: Sequence[float], device: torch.device) -> Tensor:
 
 def _upload(tensor: Tensor, device: torch.device) -> Tensor:
     # From pageable memory the copy would wait for everything that is queued on the device.
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

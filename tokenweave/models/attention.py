@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenweave.models.rope import rotate
+from tokenweave.weave.request import Norm, Rows
+
 SHORT_CONTEXT = 64  # tokens; below it padding costs less than a further group
-CAPPED_QUERIES = 256  # queries at a time where scores are materialised (soft cap), to bound memory
+QUERIES = 256  # at a time after a context, as torch computes masked scores too; and where it materialises them all
 
 
 @dataclass(frozen=True)
@@ -64,17 +67,31 @@ class PagedAttention:
         single = [(int(at), span) for at, span in zip(starts, spans, strict=False) if len(span) == 1]
         self.parts: list[_Prefill | _Decode] = [*parts, *(_Decode(self, group) for group in alike(single))]
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
-        """k and v: [tokens, kv_heads, head_dim]. q: [tokens, heads, head_dim], or of the rows that make logits alone.
+    def __call__(
+        self,
+        layer: int,
+        qk: Tensor,
+        v: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        options: Options,
+        rows: Rows | None = None,
+        norms: tuple[Norm, Norm] | None = None,
+    ) -> Tensor:
+        """Norm, rotate, write keys and values into the cache, attend. What a half brings as `half.attention`.
 
-        Returns [rows of q, heads * head_dim].
+        qk: [tokens, heads + kv_heads, head_dim], not rotated yet. v: [tokens, kv_heads, head_dim].
+        rotary: (cos, sin) fp32, each [tokens, 1, head_dim]. rows: those that make logits; then they alone attend.
+        norms: of each head of q, and of k. Returns [tokens or rows, heads * head_dim].
         """
+        heads = (qk.shape[1] - v.shape[1], v.shape[1])
+        if norms is not None:
+            qk = torch.cat([norm(x) for norm, x in zip(norms, qk.split(heads, dim=1), strict=True)], dim=1)
+        q, k = rotate(qk, rotary).split(heads, dim=1)
         self.write(layer, k, v)
-        if len(q) == len(k):
+        if rows is None or len(rows.host) == len(v):
             return self.attend(layer, q, k, v, options)
-        return self.tail.attend(
-            layer, q, k.index_select(0, self._tail_rows), v.index_select(0, self._tail_rows), options
-        )
+        q, k, v = (x.index_select(0, rows.index) for x in (q, k, v))
+        return self.tail.attend(layer, q, k, v, options)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
         """Attention alone, keys and values of all tokens being in the cache."""
@@ -108,15 +125,17 @@ class PagedAttention:
         return PagedAttention(tails, self.storage)
 
     @cached_property
-    def _tail_rows(self) -> Tensor:
-        ends = np.cumsum([len(span) for span in self.spans])
-        rows = [np.arange(end - span.wanted, end) for end, span in zip(ends, self.spans, strict=True)]
-        return torch.from_numpy(np.concatenate(rows)).to(self.device)
-
-    @cached_property
     def _written(self) -> Tensor:
         rows = [self.slots(span, span.context, span.context + len(span)) for span in self.spans]
         return torch.from_numpy(np.concatenate(rows)).to(self.device)
+
+
+Block = tuple[slice, slice, Tensor | None]  # queries, the keys that any of them sees, mask; None: plainly causal
+
+
+def additive(visible: Tensor, like: Tensor) -> Tensor:
+    """0 where a key is visible and -inf elsewhere, in the dtype and on the device of `like`."""
+    return torch.zeros(visible.shape, dtype=like.dtype).masked_fill_(~visible, float("-inf")).to(like.device)
 
 
 class _Prefill:
@@ -126,19 +145,24 @@ class _Prefill:
         self.paged = paged
         self.at, self.count, self.context = at, len(span), span.context
         self.span = span
-        self._views: dict[int | None, tuple[Tensor | None, Tensor | None]] = {}
+        self._views: dict[int | None, tuple[Tensor | None, list[Block]]] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: Options, out: Tensor) -> None:
         mine = slice(self.at, self.at + self.count)
-        slots, mask = self._view(options.window)
+        slots, blocks = self._view(options.window)
         keys, values = (k[mine], v[mine]) if slots is None else self.paged.read(layer, slots, k.shape[1])
-        q, k, v = (x.transpose(0, 1)[None] for x in (q[mine], keys, values))
-        out[mine] = attend(q, k, v, mask, mask is None, options)[0].transpose(0, 1)
+        q, k, v, mine_out = (x.transpose(0, 1)[None] for x in (q[mine], keys, values, out[mine]))
+        for queries, seen, mask in blocks:
+            part = q[:, :, queries], k[:, :, seen], v[:, :, seen]
+            mine_out[:, :, queries] = attend(*part, mask, mask is None, options)
 
-    def _view(self, window: int | None) -> tuple[Tensor | None, Tensor | None]:
-        """(slots to read, None when all keys are this span's own; mask, None when plainly causal)."""
+    def _view(self, window: int | None) -> tuple[Tensor | None, list[Block]]:
+        """(slots to read, None when all keys are this span's own; what to attend, block by block)."""
         if window not in self._views:
-            self._views[window] = (self._slots(window), self._mask(window))
+            if self.context == 0 and (window is None or self.count <= window):
+                self._views[window] = (None, [(slice(None), slice(None), None)])
+            else:
+                self._views[window] = (self._slots(window), self._blocks(window))
         return self._views[window]
 
     def _first_key(self, window: int | None) -> int:
@@ -150,13 +174,18 @@ class _Prefill:
         read = self.paged.slots(self.span, self._first_key(window), self.context + self.count)
         return torch.from_numpy(read).to(self.paged.device)
 
-    def _mask(self, window: int | None) -> Tensor | None:
-        """[queries, keys], True where the key is visible."""
-        if self.context == 0 and (window is None or self.count <= window):
-            return None
-        query = torch.arange(self.context, self.context + self.count, device=self.paged.device)[:, None]
-        key = torch.arange(self._first_key(window), self.context + self.count, device=self.paged.device)
-        return key <= query if window is None else (key <= query) & (key > query - window)
+    def _blocks(self, window: int | None) -> list[Block]:
+        """QUERIES at a time, each with no key that it cannot see before the window or after its last query."""
+        first = self._first_key(window)
+        blocks: list[Block] = []
+        for start in range(0, self.count, QUERIES):
+            begin, end = self.context + start, self.context + min(start + QUERIES, self.count)
+            low = first if window is None else max(first, begin - window + 1)
+            behind = torch.arange(begin, end)[:, None] - torch.arange(low, end)
+            visible = behind >= 0 if window is None else (behind >= 0) & (behind < window)
+            keys = slice(low - first, end - first)
+            blocks.append((slice(start, start + QUERIES), keys, additive(visible, self.paged.storage)))
+        return blocks
 
 
 class _Decode:
@@ -189,7 +218,7 @@ class _Decode:
                 row[:count] = self.paged.slots(span, length - count, length)
                 row[count:] = row[0]
             mask = np.arange(most)[None] < np.asarray(counts)[:, None]
-            visible = None if mask.all() else torch.from_numpy(mask)[:, None, None].to(self.paged.device)
+            visible = None if mask.all() else additive(torch.from_numpy(mask)[:, None, None], self.paged.storage)
             self._views[window] = (torch.from_numpy(slots).to(self.paged.device), visible)
         return self._views[window]
 
@@ -203,7 +232,10 @@ def alike(spans: list[tuple[int, Span]]) -> list[list[tuple[int, Span]]]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, options: Options) -> Tensor:
-    """softmax(cap(q k^T * scale) + mask) v for q [batch, heads, queries, head_dim] and fewer, shared KV heads."""
+    """softmax(cap(q k^T * scale) + mask) v for q [batch, heads, queries, head_dim] and fewer, shared KV heads.
+
+    mask: 0 or -inf, in q's dtype. causal: the mask is that of query i and keys up to i.
+    """
     if options.softcap is None:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, scale=options.scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -218,12 +250,12 @@ def _attend_capped(
     shared = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
     if causal:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        mask = additive(torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(), q)
     out = torch.empty_like(q)
-    for start in range(0, q.shape[2], CAPPED_QUERIES):
-        block = slice(start, start + CAPPED_QUERIES)
+    for start in range(0, q.shape[2], QUERIES):
+        block = slice(start, start + QUERIES)
         scores = (q[:, :, block] @ k.transpose(2, 3)).float().mul_(scale / softcap).tanh_().mul_(softcap)
         if mask is not None:
-            scores.masked_fill_(~mask[..., block if mask.shape[-2] > 1 else slice(None), :], float("-inf"))
+            scores.add_(mask[..., block if mask.shape[-2] > 1 else slice(None), :])
         out[:, :, block] = scores.softmax(-1).to(v.dtype) @ v
     return out

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenweave.kernels.triton_needed import check_triton
 from tokenweave.models.attention import Options
 from tokenweave.models.experts import Experts
 from tokenweave.models.layers import ColumnLinear, Mlp, Place, RowLinear, Vocabulary, as_slice
-from tokenweave.models.rope import Rope, rotate
+from tokenweave.models.rope import Rope
 from tokenweave.models.spec import DecoderSpec, check_world_size
 from tokenweave.models.weights import Load
 from tokenweave.weave.request import Gather, Norm, Reduce, Request, Rows
@@ -24,6 +25,7 @@ class Decoder:
 
     def __init__(self, spec: DecoderSpec, config: Any, max_model_len: int, place: Place):
         check_world_size(spec, place.world_size)
+        check_triton(place.device)
         self.spec = spec
         self.rope = Rope(spec, config, max_model_len, place.device)
         self.embedding = Vocabulary(place, spec.vocab_size, spec.hidden_size)
@@ -43,14 +45,15 @@ class Decoder:
             hidden = yield Reduce(
                 layer.mlp(hidden.data, half), layer.mlp.bias, layer.mlp_out, norm=next_norm, site="mlp"
             )
-        logits = yield Gather(self.head.logits(hidden.data), self.head.widths, site="head")
+        alive = hidden.data if half.alive_rows is not None else hidden.data.index_select(0, half.logits_rows.index)
+        logits = yield Gather(self.head.logits(alive), self.head.widths, site="head")
         return self.capped(logits.float())
 
     def schedule(self, half: Any) -> Iterator[tuple[Layer, Norm | None, Rows | None]]:
         """Every layer, the norm that follows it, and the rows that alone go on from its attention (last layer)."""
         for layer, following in zip(self.layers, self.layers[1:], strict=False):
             yield layer, following.attn_in, None
-        yield self.layers[-1], self.norm, half.logits_rows
+        yield self.layers[-1], self.norm, half.alive_rows
 
     def embed(self, half: Any) -> Tensor:
         partial = self.embedding.embed(half.token_ids, half.partial(len(half.token_ids)))
@@ -120,15 +123,11 @@ class Attention:
         heads = len(self.heads) + len(self.kv_heads)
         qkv = self.qkv(x).view(len(x), -1, self.spec.head_dim)
         qk, v = qkv[:, :heads], qkv[:, heads:]
-        if self.spec.qk_norm == "head":
-            qk = torch.cat((self.q_norm(qk[:, : len(self.heads)]), self.k_norm(qk[:, len(self.heads) :])), dim=1)
-        elif self.spec.qk_norm == "all":
+        if self.spec.qk_norm == "all":
             qk = yield from self.norm_all(qk)
-        q, k = rotate(qk, rotary).split((len(self.heads), len(self.kv_heads)), dim=1)
-        if rows is not None:
-            q = q.index_select(0, rows.index)
-        attended = half.attention(self.index, q, k, v, self.options)
-        return self.out(attended, half.partial(len(q)))
+        norms = (self.q_norm, self.k_norm) if self.spec.qk_norm == "head" else None
+        attended = half.attention(self.index, qk, v, rotary, self.options, rows, norms)
+        return self.out(attended, half.partial(len(attended)))
 
     def norm_all(self, qk: Tensor) -> Steps:
         """RMSNorm over all ranks' heads of q, and of k: two numbers a token cross the wire, not the heads."""

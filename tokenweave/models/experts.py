@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tokenweave.models.layers import Place, activation_function, as_slice
+from tokenweave.models.layers import Place, as_slice, gated_function, linear
 from tokenweave.models.spec import ExpertsSpec
 from tokenweave.models.weights import Load, Where
 
@@ -25,30 +24,50 @@ class Experts:
 
     def __init__(self, place: Place, hidden_size: int, spec: ExpertsSpec, activation: str):
         self.spec = spec
-        self.act = activation_function(activation)
+        self.activation = activation
+        self.gated = gated_function(activation, place.device)
         self.owned = place.share(spec.intermediate_size)
         self.router = place.empty(spec.count, hidden_size)
         self.gate_up = place.empty(spec.count, 2 * len(self.owned), hidden_size)
         self.down = place.empty(spec.count, hidden_size, len(self.owned))
 
     def __call__(self, x: Tensor, half: Any) -> Tensor:
+        """x: [tokens, hidden]; returns the partial [tokens, hidden]."""
         weights, chosen = self.route(x)
+        out = half.partial(len(x))
+        if x.is_cuda:
+            return self.all_at_once(x, chosen, weights, out)
+        return out.copy_(self.one_by_one(x, chosen, weights))
+
+    def all_at_once(self, x: Tensor, chosen: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+        """One launch for all experts, in Triton; the host does not learn which were chosen."""
+        from tokenweave.kernels.activation import KINDS
+        from tokenweave.kernels.grouped_gemm import run_experts
+
+        return run_experts(x, chosen, weights, self.gate_up, self.down, KINDS[self.activation], out)
+
+    def one_by_one(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """fp32 [tokens, hidden]."""
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for expert in range(self.spec.count):
             token, place = torch.where(chosen == expert)
             if len(token):
                 got = self.expert(expert, x.index_select(0, token)).float()
                 total.index_add_(0, token, got.mul_(weights[token, place, None]))
-        return half.partial(len(x)).copy_(total)
+        return total
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(weights fp32, experts), each [tokens, top_k]."""
-        weights, chosen = F.linear(x, self.router).float().softmax(-1).topk(self.spec.top_k, dim=-1)
+        logits = linear(x, self.router)
+        if x.is_cuda:
+            from tokenweave.kernels.expert_choice import choose_experts
+
+            return choose_experts(logits, self.spec.top_k, self.spec.renormalise)
+        weights, chosen = logits.float().softmax(-1).topk(self.spec.top_k, dim=-1)
         return (weights / weights.sum(-1, keepdim=True) if self.spec.renormalise else weights), chosen
 
     def expert(self, expert: int, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, self.gate_up[expert]).chunk(2, dim=-1)
-        return F.linear(self.act(gate).mul_(up), self.down[expert])
+        return linear(self.gated(linear(x, self.gate_up[expert])), self.down[expert])
 
     def loads(self, prefix: str) -> Iterator[Load]:
         """Per-expert tensors as hub checkpoints hold them, or transformers' fused layout."""

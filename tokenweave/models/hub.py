@@ -9,9 +9,10 @@ _DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _NOT_DOWNLOADED = ["*/*", "consolidated*"]
 
 
-def resolve(model: str | Path) -> Path:
+def resolve(model: str | Path, weights: bool = True) -> Path:
     """The Hugging Face folder of `model`: a folder, or a hub id ("org/name"), downloaded unless it is in the cache.
 
+    weights: False leaves them out of a download.
     Raises CheckpointError: a path that is no folder, a folder without config.json, an id that cannot be downloaded.
     """
     path = Path(model).expanduser()
@@ -21,7 +22,7 @@ def resolve(model: str | Path) -> Path:
         raise CheckpointError(f"model {str(path)!r} is a file; give the folder that holds config.json and the weights")
     if isinstance(model, Path) or _looks_like_path(model):
         raise CheckpointError(f"model folder {str(path)!r} does not exist; give a folder or a hub id 'org/name'")
-    return _with_config(_download(model))
+    return _with_config(_download(model, weights))
 
 
 def _looks_like_path(model: str) -> bool:
@@ -38,11 +39,12 @@ def _with_config(folder: Path) -> Path:
     return folder
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download  # here, since a local folder needs no hub and the import is slow
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_DOWNLOADED, ignore_patterns=_NOT_DOWNLOADED))
+        ignored = _NOT_DOWNLOADED if weights else [*_NOT_DOWNLOADED, "*.safetensors"]
+        return Path(snapshot_download(hub_id, allow_patterns=_DOWNLOADED, ignore_patterns=ignored))
     except Exception as error:  # the hub's client, its http and its transfer library share no base class below this
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise CheckpointError(

@@ -14,8 +14,6 @@ from torch import Tensor
 from tokenweave.models.weights import Load
 from tokenweave.shard import shard, shards
 
-FEW_ROWS = 32
-
 
 @dataclass(frozen=True)
 class Place:
@@ -39,17 +37,21 @@ def as_slice(rows: range) -> slice:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """x W^T + b, for x [rows, in] and weight [out, in]; written into `out` [rows, out], if given (then without bias).
-
-    A few rows on several CPU threads are computed as (W x^T)^T: BLAS then shares out the weight's rows over the
-    threads: 0.6-0.9 of the time at 2-32 rows on 2 threads. On one thread, or with more rows, it gains nothing.
-    """
-    few = x.device.type == "cpu" and x.dtype == torch.float32 and 1 < len(x) <= FEW_ROWS
-    if few and torch.get_num_threads() > 1:
-        product = torch.mm(weight, x.t()).t()
-        result = torch.empty(product.shape) if out is None else out
-        return result.copy_(product) if bias is None else torch.add(product, bias, out=result)
+    """x W^T + b, for x [rows, in] and weight [out, in]; written into `out` [rows, out] if given (then without bias)."""
+    if by_onednn(x, weight):
+        result = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return result if out is None else out.copy_(result)
     return F.linear(x, weight, bias) if out is None else torch.mm(x, weight.t(), out=out)
+
+
+def by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether to compute by oneDNN's operator (the one that torch.compile takes) what torch leaves to MKL.
+
+    That is fp32 on x86: MKL uses half of the vector width of CPUs that are not Intel's. On an AMD EPYC oneDNN takes
+    0.4-0.5 of its time from 16 rows on, and as long or less below. Products of other dtypes go to oneDNN anyway.
+    """
+    plain = x.dtype == torch.float32 and x.device.type == "cpu" and weight.numel() > 0
+    return plain and torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
 class ColumnLinear:
@@ -128,7 +130,7 @@ class Mlp:
 
     def __init__(self, place: Place, hidden_size: int, intermediate_size: int, activation: str, bias: bool):
         owned = place.share(intermediate_size)
-        self.act = activation_function(activation)
+        self.gated = gated_function(activation, place.device)
         parts = [("gate_proj", owned, intermediate_size), ("up_proj", owned, intermediate_size)]
         self.gate_up = ColumnLinear(place, hidden_size, parts, bias)
         self.down = RowLinear(place, "down_proj", owned, intermediate_size, hidden_size, bias)
@@ -138,12 +140,30 @@ class Mlp:
         return self.down.bias
 
     def __call__(self, x: Tensor, half: Any) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(self.act(gate).mul_(up), half.partial(len(x)))
+        return self.down(self.gated(self.gate_up(x)), half.partial(len(x)))
 
     def loads(self, prefix: str) -> Iterator[Load]:
         yield from self.gate_up.loads(f"{prefix}.mlp")
         yield from self.down.loads(f"{prefix}.mlp")
+
+
+def gated_function(activation: str, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """[rows, 2 * width] -> act(gate) * up, [rows, width], for gate and up side by side; on CUDA in one kernel.
+
+    Raises ValueError for an activation that is not known.
+    """
+    act = activation_function(activation)
+    if device.type == "cuda":
+        from tokenweave.kernels.activation import KINDS
+        from tokenweave.kernels.gated import gated
+
+        return partial(gated, kind=KINDS[activation])
+    return partial(apply_gated, act)
+
+
+def apply_gated(act: Callable[[Tensor], Tensor], gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return act(gate).mul_(up)
 
 
 def activation_function(name: str) -> Callable[[Tensor], Tensor]:

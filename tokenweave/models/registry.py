@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from tokenweave.models.spec import DecoderSpec, ExpertsSpec, NormNames
 
 
@@ -132,6 +130,8 @@ def read_config(folder: Path) -> Any:
     """The folder's transformers config. Raises FileNotFoundError or ValueError, in one line."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json; expected the folder of a Hugging Face model")
+    from transformers import AutoConfig  # here, because it takes seconds to import, and published sizes need none of it
+
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # transformers and the hub's client raise many kinds for what they cannot use

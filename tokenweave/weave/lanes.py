@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -11,19 +10,10 @@ from typing import Any, Protocol
 
 import torch
 
-CLOSE_S, POLL_S = 10.0, 1e-3  # of a stream that is closed
+from tokenweave.weave.job import Job, Observer
+from tokenweave.weave.streams import CudaStreams, StreamLane
 
-
-@dataclass(frozen=True, eq=False)  # a job is itself, however like another it is
-class Job:
-    """One piece of work for a lane, with the words that timelines and errors describe it by."""
-
-    run: Callable[[], Any]
-    kind: str = "sum"  # "sum" | "gather"
-    site: str = ""
-    half: int = 0
-    rows: int = 0
-    inline: bool = False  # runs on the compute lane
+__all__ = ["Finished", "InlineLane", "Job", "Lane", "Observer", "Pending", "StreamLane", "ThreadLane", "open_lane"]
 
 
 class Pending(Protocol):
@@ -32,28 +22,6 @@ class Pending(Protocol):
     def wait(self) -> Any: ...  # the result, once the compute lane may use it; raises what the job raised
 
     def drain(self) -> None: ...  # let the job end, whatever comes of it
-
-
-class Observer:
-    """What may watch a lane: timelines and the hazard checker. Every hook does nothing here."""
-
-    def submitted(self, job: Job) -> None:
-        """On the compute lane, before the job is queued."""
-
-    def started(self, job: Job) -> None:
-        """On the comm lane, before the job runs."""
-
-    def finished(self, job: Job) -> None:
-        """On the comm lane, after the job ran."""
-
-    def waiting(self, job: Job) -> None:
-        """On the compute lane, before it waits."""
-
-    def waited(self, job: Job) -> None:
-        """On the compute lane, after it waited."""
-
-    def received(self, job: Job, result: Any) -> None:
-        """On the compute lane, when the job's strand gets the result, which is its until its half's next request."""
 
 
 class InlineLane:
@@ -167,62 +135,11 @@ class ThreadPending:
             )
 
 
-class StreamLane:
-    """The comm lane on CUDA: a high-priority stream. Waiting orders streams by events; the host never blocks.
-
-    Memory that a job allocates may be used again by a later job as soon as the host lets go of it, although the compute
-    stream may still have reads of it queued. That is safe because every job first waits for all that was queued there.
-    """
-
-    def __init__(self, device: torch.device, observers: tuple[Observer, ...] = ()):
-        self.observers = observers
-        self.stream = torch.cuda.Stream(device, priority=-1)
-
-    def submit(self, run: Callable[[], Any], **words: Any) -> StreamPending:
-        job = Job(run, **words)
-        for observer in self.observers:
-            observer.submitted(job)
-            observer.started(job)
-        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
-        with torch.cuda.stream(self.stream):
-            result = job.run()
-            done = torch.cuda.Event()
-            done.record(self.stream)
-        for observer in self.observers:
-            observer.finished(job)
-        return StreamPending(job, result, done, self)
-
-    def close(self) -> None:
-        """Waits for what is queued, but not long: it may be a collective whose peer is gone."""
-        done, deadline_s = torch.cuda.Event(), time.monotonic() + CLOSE_S
-        done.record(self.stream)
-        while not done.query() and time.monotonic() < deadline_s:
-            time.sleep(POLL_S)
-
-
-@dataclass(frozen=True)
-class StreamPending:
-    job: Job
-    result: Any
-    done: torch.cuda.Event
-    lane: StreamLane
-
-    def wait(self) -> Any:
-        torch.cuda.current_stream(self.lane.stream.device).wait_event(self.done)
-        for observer in self.lane.observers:
-            observer.waited(self.job)
-            observer.received(self.job, self.result)
-        return self.result
-
-    def drain(self) -> None:
-        torch.cuda.current_stream(self.lane.stream.device).wait_event(self.done)
-
-
 Lane = InlineLane | ThreadLane | StreamLane
 
 
 def open_lane(device: torch.device, timeout_s: float, observers: tuple[Observer, ...] = ()) -> Lane:
     """The comm lane that fits the device."""
     if device.type == "cuda":
-        return StreamLane(device, observers)
+        return StreamLane(CudaStreams(device), observers)
     return ThreadLane(timeout_s, observers)

@@ -56,6 +56,22 @@ def test_figures_pair_the_rounds():
     assert figures.exposed({"off": [1.0]}, "off") is None
 
 
+def test_off_is_the_fastest_of_its_baselines():
+    measured = {
+        "off": [3.0, 3.0, 3.0],
+        "off, NCCL": [2.0, 2.0, 9.0],
+        "off, multimem": [2.5, 2.5, 2.5],
+        "weave": [1.0] * 3,
+    }
+    found = figures.with_ideal(measured)
+    assert figures.fastest_off(measured) == "off, NCCL"
+    assert found["off"] == found["off, NCCL"] == [2.0, 2.0, 9.0]
+    assert found["off, runtime"] == [3.0, 3.0, 3.0]
+    assert figures.gain(found, "weave").median == 2.0
+    controls = {"off": [3.0], "off, sleeps only": [1.0]}
+    assert figures.with_ideal(controls) == controls
+
+
 def test_a_control_is_compared_with_off_on_its_own_wire():
     assert figures.gain(SECONDS, "weave, sleeps only") == Spread(8 / 6, 1.0, 2.0)
 

@@ -39,7 +39,10 @@ def test_keys_differ_wherever_the_measurement_does():
         "device": "cuda",
     }
     others = [replace(POINT, setting=replace(setting, **{name: value})) for name, value in changes.items()]
-    others += [replace(POINT, **change) for change in ({"measure": "decode"}, {"x": 512}, {"rounds": 7})]
+    others += [
+        replace(POINT, **change)
+        for change in ({"measure": "decode"}, {"x": 512}, {"rounds": 7}, {"chunk_tokens": 512}, {"requests": 3})
+    ]
     keys = [POINT.key("code"), POINT.key("other code"), *(other.key("code") for other in others)]
     assert len(set(keys)) == len(keys)
     assert replace(POINT).key("code") == keys[0]

@@ -64,6 +64,22 @@ def test_the_link_is_as_asked_for_and_carries_bytes():
 
 
 @needs_namespaces
+def test_more_than_two_ends_are_joined_and_shaped():
+    with netns.joined(123, 3) as ends:
+        assert len({os.readlink(f"/proc/{end.pid}/ns/net") for end in ends}) == 3
+        for end in ends:
+            assert "rate 123Mbit" in inside(end, "tc", "qdisc", "show", "dev", netns.INTERFACE)
+        program = SERVER.format(ends[0].address)
+        for other in ends[1:]:
+            with subprocess.Popen([*ends[0].enter, sys.executable, "-c", program], stdout=subprocess.PIPE) as server:
+                assert server.stdout is not None
+                assert server.stdout.readline() == b"up\n"
+                assert inside(other, sys.executable, "-c", CLIENT.format(ends[0].address)) == "hello\n"
+        assert netns.BRIDGE not in host_interfaces()
+    assert gone([end.pid for end in ends])
+
+
+@needs_namespaces
 def test_an_error_takes_it_down():
     pids: list[int] = []
     with pytest.raises(ZeroDivisionError), netns.joined(100) as ends:
@@ -102,7 +118,7 @@ def test_what_is_missing_is_named(monkeypatch):
 def test_a_kernel_that_forbids_it_is_reported_and_paced_is_offered(monkeypatch, capsys):
     from perf.overlap import __main__ as command
 
-    monkeypatch.setattr(netns, "refusal", lambda: "unshare: unshare failed: Operation not permitted")
+    monkeypatch.setattr(netns, "refusal", lambda ranks: "unshare: unshare failed: Operation not permitted")
     monkeypatch.setattr(netns, "become_root_of_a_user_namespace", lambda argv, user: None)
     assert command.main(["--quick"]) == 2
     said = capsys.readouterr().err

@@ -87,6 +87,15 @@ def test_a_paced_link_is_labelled_simulated(tmp_path):
     assert "## llama-512x8, W=2, simulated 500 Mbit/s link" in text
 
 
+def test_what_is_missing_at_some_points_only_says_where(tmp_path):
+    there, gone = compared(1.0), compared(1.0)
+    gone["missing"] = gone["missing"] | {"transformers TP": "it failed"}
+    results = [(Point(REAL, "prefill", 512, 2), there), (Point(REAL, "prefill", 1024, 2), gone)]
+    write_report(results, ABOUT, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "Missing: another peer (it is not installed); transformers TP at prefill 1024 (it failed)." in text
+
+
 def test_a_busy_machine_is_told_of(tmp_path):
     result = compared(1.0)
     result["seconds"]["nocomm"] = [0.3, 0.6]
@@ -128,3 +137,12 @@ def test_goals_are_met_and_missed():
     assert not missed["transformers TP / weave, 1024 tokens"]
     assert set(judged(weave=0.7, tokens=512).values()) == {False}
     assert set(judged(weave=0.5, tokens=512)) == {"weave against off, 512 tokens", "auto against off, 512 tokens"}
+
+
+def test_one_rank_is_held_against_transformers():
+    alone = Setting("llama-512x8", "none", 0.0, 1, 2)
+    rates = {"off": {"output tokens/s": [30.0]}, "transformers TP": {"output tokens/s": [10.0]}}
+    found = findings(
+        [(Point(alone, "prefill", 1024, 2), compared(1.0)), (Point(alone, "mix", "mixed", 1), {"figures": rates})]
+    )
+    assert [(one.found.split()[0], one.met) for one in found] == [("1.17", True), ("3.00", True)]

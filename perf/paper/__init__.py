@@ -1,0 +1,1 @@
+"""The TokenWeave paper's figures on the GPUs at hand, beside what the paper published."""
