@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenweave import LLM, SamplingParams
 from tokenweave.cost.choice import Choice
 from tokenweave.cost.cost import Cost
-from tokenweave.cost.decide import decide, middle, predict
+from tokenweave.cost.decide import decide, measured, predict
 from tokenweave.cost.hardware import find_hardware
 from tokenweave.cost.planner import Planner, expand, plan_of, rounded, summarise, trial, trial_rows
 from tokenweave.cost.published import PUBLISHED
@@ -123,7 +123,15 @@ def test_a_forced_weave_takes_the_models_cut_and_sms_where_there_are_tiles():
     found = best_weave(Step(cost(), Batch([Chunk(4096)]))).choice
     plan = planner("weave").plan([span(4096)])
     assert (plan.cut, plan.attention_sms, plan.mlp_sms) == (found.cut, found.attention_sms, found.mlp_sms)
-    assert planner("weave", "cpu", 2).plan([span(4096)]) == plan_step("weave", 4096, None)
+
+
+def test_on_a_cpu_the_halves_of_a_prompt_take_as_long():
+    """The later half attends to more keys, the more so after a short prompt. Rows that decode are all alike."""
+    shares = [planner("weave", "cpu", 2).plan([span(8192, context)]).cut / 8192 for context in (0, 8192, 1 << 17)]
+    assert shares == sorted(shares, reverse=True)
+    assert 0.5 <= shares[2] < 0.51 < shares[0] < 0.6
+    decoding = [Span((1,), 300, tuple(range(20)), prompt_len=300, wanted=1)] * 64
+    assert planner("weave", "cpu", 2).plan(decoding).cut == 32
 
 
 @pytest.mark.parametrize(("choice", "form"), [(Choice(), "reference"), (Choice("fused"), "sharded")])
@@ -141,11 +149,11 @@ def test_the_plan_of_a_choice(choice, form):
 @given(rows=st.integers(1, 5000), times=step_times())
 @PROPERTIES
 def test_on_a_cpu_a_fresh_prompt_is_decided_by_what_was_measured_alone(rows, times):
-    """As plan_step decides by rows; the model only says what context changes."""
+    """As plan_step decides by rows; the model only says what context changes, and where to cut."""
     ours = Planner("auto", cost("cpu", 2), times, most_rows=8192)
     theirs = plan_step("auto", rows, times)
     plan = ours._plan_summary(((1, Chunk(rows)),))
-    assert (plan.cut, plan.form, plan.sms) == (theirs.cut, theirs.form, theirs.sms)
+    assert (len(plan.bounds), plan.form, plan.sms) == (len(theirs.bounds), theirs.form, theirs.sms)
 
 
 @given(spans=SPANS, times=step_times(), hardware=st.sampled_from(["cpu", "h100-sxm"]))
@@ -161,7 +169,7 @@ def test_by_measured_times_nothing_is_taken_for_little(spans, times, hardware):
 def test_the_model_says_what_a_batch_differs_by_from_the_measured_prompt():
     times = StepTimes({mode: {1: 0.1, 2048: 0.3} for mode in MODES})
     prompt, later = (Step(cost(), Batch([Chunk(2048, context)])) for context in (0, 20000))
-    for choice in (Choice(), Choice("fused"), middle(2048)):
+    for choice in (Choice(), Choice("fused"), measured(prompt)):
         assert predict(prompt, choice, times) == pytest.approx(0.3)
         ratio = later.seconds(choice) / prompt.seconds(choice)
         assert ratio > 1

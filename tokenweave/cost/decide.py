@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from tokenweave.cost.choice import Choice
 from tokenweave.cost.search import best_weave
-from tokenweave.cost.step import Step
+from tokenweave.cost.step import Step, segments_s
 from tokenweave.cost.work import Batch, Chunk
 from tokenweave.weave.plan import BESIDE_SMS, MARGIN, StepTimes
 
 UNSPLIT = ("off", "fused")
+EVEN_CUTS = 128
 
 
 class Tuned(Protocol):
@@ -57,21 +60,42 @@ def decide(step: Step, times: StepTimes | None = None, tuned: Tuned | None = Non
 
 
 def weave_of(step: Step) -> tuple[Choice | None, int]:
-    """(the woven choice worth considering, how many were looked at). Without tiles no cut wastes anything, and the
-    figures of a CPU are too coarse to say more than the middle."""
+    """(the woven choice worth considering, how many were looked at)."""
     rows = step.batch.rows
     if rows < 2 or step.cost.world_size == 1:
         return None, 0
     if not step.cost.hardware.tiles:
-        return middle(rows), 1
+        return even(step), 1
     found = best_weave(step)
     assert found is not None
     return found.choice, found.candidates
 
 
-def middle(rows: int) -> Choice:
-    """What the runtime does when nobody knows better, and what StepTimes were measured with."""
-    return Choice("weave", (rows + 1) // 2, BESIDE_SMS, BESIDE_SMS)
+def even(step: Step) -> Choice:
+    """The cut whose halves take as long, a row's sums counted as a mean row's computing.
+
+    Without tiles no cut wastes anything, and the figures of a CPU are too coarse to lay out lanes by. But that the
+    later rows of a prompt attend to more keys is known; and where sums take much more or less time than computing, the
+    cut matters little.
+    """
+    cuts = even_cuts(step.batch.rows)
+    computing = segments_s(step.cost, step.halves(cuts)) / step.segments_s
+    first, second = computing + np.array([cuts, step.batch.rows - cuts]) / step.batch.rows
+    return Choice("weave", int(cuts[np.abs(first - second).argmin()]), BESIDE_SMS, BESIDE_SMS)
+
+
+def even_cuts(rows: int) -> np.ndarray:
+    """At most EVEN_CUTS, evenly spread, the middle among them."""
+    grain = max(1, rows // EVEN_CUTS)
+    return np.unique([(rows + 1) // 2, *range(grain, rows, grain)])
+
+
+def measured(step: Step) -> Choice:
+    """What stands for the woven times that were measured of a prompt: they were cut in the middle, and on a CPU the
+    cut of `even` is as good at the least."""
+    if not step.cost.hardware.tiles:
+        return even(step)
+    return Choice("weave", (step.batch.rows + 1) // 2, BESIDE_SMS, BESIDE_SMS)
 
 
 def predict(step: Step, choice: Choice, times: StepTimes | None) -> float:
@@ -83,8 +107,12 @@ def predict(step: Step, choice: Choice, times: StepTimes | None) -> float:
         return seconds
     rows = step.batch.rows
     at = min(rows, max(2, *times.seconds[choice.mode])) if step.cost.hardware.tiles else rows
-    like = middle(at) if choice.mode == "weave" else choice
-    return times.predict(choice.mode, at) * seconds / Step(step.cost, Batch([Chunk(at)])).seconds(like)
+    prompt = Step(step.cost, Batch([Chunk(at)]))
+    return (
+        times.predict(choice.mode, at)
+        * seconds
+        / prompt.seconds(measured(prompt) if choice.mode == "weave" else choice)
+    )
 
 
 def _reason(predicted: Mapping[str, float], times: StepTimes | None) -> str:

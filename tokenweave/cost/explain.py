@@ -104,7 +104,7 @@ def _of_split(explanation: Explanation, woven: Woven) -> Iterator[str]:
         sms = f"{choice.attention_sms} SMs for sums after attention, {choice.mlp_sms} after the MLP"
         yield f"the best split of {explanation.candidates} looked at: {rows_of_halves}, {sms}"
     else:
-        yield f"split in the middle: {rows_of_halves}"
+        yield f"split so that both halves take about as long: {rows_of_halves}"
     yield f"its halves compute {first_ms:.2f} and {second_ms:.2f} ms, the whole batch {_ms(woven.unsplit_segments_s)}"
     share = woven.hidden_s / woven.sums_s if woven.sums_s else 0.0
     yield (

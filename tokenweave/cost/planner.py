@@ -75,7 +75,7 @@ class Planner:
         """Whether the cost model has a say: not where the mode leaves nothing to decide, nor where it knows nothing."""
         if self.cost is None or self.cost.world_size == 1:
             return False
-        return self.overlap == "auto" or (self.overlap == "weave" and bool(self.cost.hardware.tiles))
+        return self.overlap in ("auto", "weave")
 
     def _may_split(self, rows: int, decode: bool) -> bool:
         least = self.pays_from[decode]
