@@ -82,8 +82,8 @@ else
         exit 2
     fi
     nvidia-smi --query-gpu=name,driver_version,memory.used,utilization.gpu --format=csv,noheader
-    tests "tests of the kernels" 100 --timeout=60 tests/kernels
-    tests "tests of the runtime" 90 --timeout=60 --ignore=tests/kernels tests
+    tests "tests of the kernels" 150 --timeout=60 tests/kernels
+    tests "tests of the runtime" 80 --timeout=60 --ignore=tests/kernels tests
     part "calibrate" 40 "$PYTHON" -m tokenweave.cli calibrate --no-progress
 fi
 for name in equality two_ranks; do runtime "$name" 50; done

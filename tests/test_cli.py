@@ -359,13 +359,15 @@ SPANS = [
 ]
 OUTPUTS = [output_of(10.0, 10.5, 12.0, [1, 2, 3]), output_of(10.0, 11.5, 14.0, [4], "length")]
 
+PLANS = "what was tuned at 128, 256 rows"
+
 
 def run_of(spans=(), **options):
     world_size = options.pop("world_size", 2)
     overlap = summary(spans) if options.get("trace") else None
     config = EngineConfig(model="m", **options)
     woven = count_woven(spans)
-    return Run(config, world_size, "cpu", ["a", "b"], OUTPUTS, figures(OUTPUTS), overlap, woven, COMM, MEMORY)
+    return Run(config, world_size, "cpu", ["a", "b"], OUTPUTS, figures(OUTPUTS), overlap, woven, COMM, MEMORY, PLANS)
 
 
 def test_figures_count_and_time():
@@ -382,6 +384,12 @@ def test_the_table_says_how_much_was_hidden_and_where_the_timeline_is():
     assert said["woven"] == "1 of 2 steps"
     assert "out/t.json" in said["timeline"]
     assert "out/t.png" in said["timeline"]
+
+
+def test_the_table_says_what_plans_go_by():
+    assert rows("\n\n" + table(run_of()))["plans"] == f"by {PLANS}"
+    assert "plans" not in rows("\n\n" + table(run_of(overlap="off")))
+    assert "plans" not in rows("\n\n" + table(run_of(world_size=1)))
 
 
 def test_the_table_says_what_memory_is_for():

@@ -54,7 +54,7 @@ def test_the_table_has_every_section(plan):
         "decode waits for   memory: reading weights",
         "overlap ",
         "TTFT target        50.0 ms, missed",
-        "weights and workspace need 141.7 GB a GPU",
+        "weights and workspace need 141.7 GB a rank",
         "prefill of one prompt",
         "link x 0.5",
         "flops x 2, bandwidth x 1.5",
@@ -63,6 +63,16 @@ def test_the_table_has_every_section(plan):
     ):
         assert text in out
     assert max(map(len, out.splitlines())) < 180
+
+
+def test_what_there_is_room_for_is_no_longer_than_the_model_allows(plan):
+    _, out, _ = plan(LLAMA, "--tp", 8)
+    assert "such requests, or one of 131072, the model's longest\n" in out
+    _, out, _ = plan(LLAMA, "--tp", 2)
+    assert "such requests, or one as long as that\n" in out
+    report = said(plan, "Gemma-2-9B")
+    assert (report["max_len"], max(gain["tokens"] for gain in report["gains"])) == (8192, 8192)
+    assert said(plan, "Mistral-Nemo-12B")["max_len"] is None
 
 
 def test_json_is_all_of_stdout_and_says_what_the_model_says(plan):
@@ -149,6 +159,8 @@ def test_on_a_cpu_there_are_no_sms_to_share(plan):
     code, out, _ = plan("Qwen3-0.6B", "--hardware", "cpu", "--tp", 2, "--dtype", "float32", "--explain", 512)
     assert code == 0
     assert "SMs" not in out
+    assert "GPU" not in out
+    assert "memory of a rank " in out
     first, second = re.search(r"split so that both halves take about as long: (\d+) \+ (\d+) rows", out).groups()
     assert int(first) + int(second) == 512
     assert 256 <= int(first) < 300
@@ -168,7 +180,7 @@ BAD = {
         "3",
     ],
     "world_size must be a whole number >= 1, got 0": [LLAMA, "--tp", "0"],
-    "on 1 x h100-sxm: weights and workspace need 141.7 GB a GPU, and 72.0 GB can be used; 2 x h100-sxm serve it": [
+    "on 1 x h100-sxm: weights and workspace need 141.7 GB a rank, and 72.0 GB can be used; 2 x h100-sxm serve it": [
         LLAMA,
         "--tp",
         "1",
@@ -178,6 +190,11 @@ BAD = {
         "Qwen2.5-7B",
         "--batch-size",
         "100000",
+    ],
+    "Gemma-2-9B was made for 8192 tokens, and a request has 8256; lower --prompt-len (8000) or --output-len (256)": [
+        "Gemma-2-9B",
+        "--prompt-len",
+        "8000",
     ],
     "serves at most": [LLAMA, "--request-rate", "50"],
     "a100 has no peak for 'float8'; it has bfloat16": [LLAMA, "--hardware", "a100", "--dtype", "float8"],

@@ -80,7 +80,7 @@ def test_tune_keeps_what_it_found(command, tmp_path):
 def test_tune_shows_a_table(command):
     code, out, err = command(*TUNE_ONE, "--rows", "16", "--budget", "5")
     assert (code, err) == (0, "")
-    assert out.splitlines()[0].split() == ["rows", "fastest", "time", "unsplit", "gain", "measured"]
+    assert out.splitlines()[0].split() == ["rows", "fastest", "time", "unsplit", "gain", "spread", "measured"]
     assert out.splitlines()[1].split()[:2] == ["16", "off"]
     assert "split         never" in out
     assert "written " in out
@@ -152,7 +152,7 @@ def test_a_broken_plan_is_refused_by_name(command):
     code, out, err = command("tune", "--device", "cpu", "--rows", "16", "--budget", "5")
     assert (code, out) == (2, "")
     assert str(path) in err
-    assert "delete it, or run `tokenweave tune` again" in err
+    assert "delete it and run `tokenweave tune` again" in err
     assert err.count("\n") == 1
 
 
@@ -171,7 +171,7 @@ def test_calibrate_shows_and_keeps_the_record(command, tmp_path):
     code, out, err = command("calibrate", "--device", "cpu")
     assert (code, err) == (0, "")
     assert out.splitlines()[0].split() == ["what", "size", "dtype", "measured", "rate", "model", "error"]
-    assert "(not measured: one rank)" in out
+    assert "not measured: one rank" in out
     path = Path(out.splitlines()[-1].split(maxsplit=1)[1])
     assert path.is_relative_to(tmp_path / "cache" / "calibration")
     own = tmp_path / "own.json"
@@ -239,4 +239,4 @@ def test_a_broken_calibration_is_refused_by_name(command):
         code, out, err = command(*arguments, "--device", "cpu")
         assert (code, out) == (2, "")
         assert str(path) in err
-        assert "delete it, or run `tokenweave calibrate` again" in err
+        assert "delete it and run `tokenweave calibrate` again" in err

@@ -22,6 +22,7 @@ from tests.test_llm import GREEDY, HELLO, OPTIONS, PROMPTS, SAMPLED, tokens, tol
 from tokenweave import LLM, SamplingParams
 from tokenweave.comm.group import PeerError, has_workers
 from tokenweave.engine import workers as workers_module
+from tokenweave.waiting import wait_until
 
 ROOT = Path(__file__).parents[1]
 LONG = SamplingParams(temperature=0, max_tokens=900, ignore_eos=True)
@@ -99,6 +100,8 @@ def test_killed_between_calls(two):
     (victim,) = pids(two)
     os.kill(victim, signal.SIGKILL)
     wait_until_ended([victim])
+    with pytest.raises(ConnectionError, match=r"^rank 1 ended with exit code -9; its output is above$"):
+        wait_until(lambda: False, END_S, two._runner.check, "a step")  # on CUDA, whose sums just never end
     check_lost(two, lambda: two.generate(HELLO))
 
 

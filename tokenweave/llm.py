@@ -57,9 +57,11 @@ class LLM:
             self._open()
 
     def _open(self) -> None:
-        self._workers = start_workers(self.config)
-        self._rank = rank = open_rank(self.config, self._workers.meeting if self._workers else None)
+        self._workers = workers = start_workers(self.config)
+        meeting, watch = (workers.meeting, workers.check) if workers else (None, None)
+        self._rank = rank = open_rank(self.config, meeting, watch=watch)
         self._ranks, self._runner = rank.ranks, rank.runner
+        self._plans = rank.planner.basis if rank.ranks.rank == 0 else "what rank 0 knows"
         vocabulary = read_vocabulary(rank.folder, rank.hf_config)
         self.tokenizer = vocabulary.tokenizer
         atexit.register(close_at_exit, weakref.ref(self))
@@ -79,6 +81,11 @@ class LLM:
     def comm(self) -> Choice:
         """What forms the sums of `overlap` "fused" and "weave", and why it was chosen."""
         return self._runner.communicator.choice
+
+    @property
+    def plans(self) -> str:
+        """What rank 0, which plans for all, goes by; for people."""
+        return self._plans
 
     @property
     def memory(self) -> Memory:

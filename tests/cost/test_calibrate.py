@@ -68,6 +68,30 @@ def test_a_cpus_peak_and_link_are_what_was_measured():
         assert said is None or said == pytest.approx(point.seconds, rel=1e-3)
 
 
+def test_the_stated_fixed_part_is_less_than_any_sum_that_was_measured():
+    truth = replace(find_hardware("cpu"), link_bandwidth=2e9, ring_s=1.3e-3)
+    points = made_of(truth)
+    hardware = fit(find_hardware("cpu"), points, 2)
+    fixed_s = Calibration(hardware, tuple(points), (None,) * len(points), 2).sum_s
+    smallest_s = min(point.seconds for point in points if point.what == "sharded_sum")
+    assert 0.5 * smallest_s < fixed_s < smallest_s
+    assert fixed_s == pytest.approx(2 * 1.3e-3 / 7, rel=0.01)  # two collectives; a record's figure is of eight ranks
+
+
+def test_another_dtype_is_predicted_as_it_was_measured():
+    cpu = find_hardware("cpu")
+    gemms = [Point("gemm", (rows, 1024, 1024), "float32", rows * 2e-5, 2.0 * rows * 2**20) for rows in (256, 512, 1024)]
+    slow = replace(gemms[0], seconds=gemms[0].seconds / 4)  # the best rate, by far
+    other = Point("gemm", (256, 1024, 1024), "bfloat16", 1e-3, 2.0 * 256 * 2**20)
+    assert predict(fit(cpu, [*gemms, slow, other], 1), other, 1) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_poor_fits_are_listed_the_worst_first():
+    points = [Point("copy", (size,), "uint8", seconds, 2.0 * size) for size, seconds in ((1, 1.0), (2, 1.0), (3, 1.0))]
+    calibration = Calibration(find_hardware("cpu"), (*points, points[0]), (1.9, 2.1, 0.2, None))
+    assert [(point.size, ratio) for point, ratio in calibration.poor] == [((3,), 0.2), ((2,), 2.1)]
+
+
 def test_one_rank_leaves_the_link_as_it_was():
     sheet = find_hardware("cpu")
     points = [point for point in made_of(sheet) if "reduce" not in point.what and "sum" not in point.what]
@@ -149,7 +173,7 @@ def test_a_broken_calibration_is_refused_by_name(text):
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         hardware_at_hand(CPU)
     assert str(path) in str(caught.value)
-    assert "delete it, or run `tokenweave calibrate` again" in str(caught.value)
+    assert "delete it and run `tokenweave calibrate` again" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

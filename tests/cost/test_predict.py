@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,18 @@ def test_two_prompts_take_less_than_twice_and_attend_apart():
     assert two < long
 
 
+@pytest.mark.parametrize("predict", [predict_prefill, predict_decode])
+def test_a_config_may_be_an_object_a_dict_a_file_or_a_folder(predict, tmp_path):
+    config = figure_11.llama_70b()
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    length = {"prompt_len" if predict is predict_prefill else "context_len": 1024}
+    written = json.loads((tmp_path / "config.json").read_text())
+    configs = [config, written, config.to_dict(), tmp_path, str(tmp_path), tmp_path / "config.json"]
+    seconds = {predict(each, **H100_8, mode="fused", **length) for each in configs}
+    assert seconds == {predict(SHAPE, **H100_8, mode="fused", **length)}
+
+
 def test_a_file_of_the_users_own(tmp_path):
     path = tmp_path / "twice.json"
     path.write_text('{"like": "h100-sxm", "name": "twice", "flops": {"bfloat16": 2e15}}')
@@ -129,6 +142,11 @@ def test_a_file_of_the_users_own(tmp_path):
         ({"prompt_len": 0}, ValueError, "prompt_len must be a whole number >= 1, got 0"),
         ({"batch_size": 1.5}, ValueError, "batch_size must be a whole number >= 1, got 1.5"),
         ({"config": "/no/such/config.json"}, FileNotFoundError, "has no config.json"),
+        ({"config": {}}, ValueError, "must name a known 'model_type', as config.json does; got None; supported"),
+        ({"config": {"model_type": "lama"}}, ValueError, "got 'lama'; supported architectures: LlamaForCausalLM"),
+        ({"config": {"model_type": ["llama"]}}, ValueError, "got ['llama']; supported"),
+        ({"config": {"model_type": "llama", "hidden_size": "x"}}, ValueError, "the config given as a dict cannot be"),
+        ({"config": {"model_type": "gpt2"}}, ValueError, "supported architectures: LlamaForCausalLM"),
         ({"collectives": "/no/such/folder"}, FileNotFoundError, "tokenweave_figure_4.csv do not exist"),
     ],
 )

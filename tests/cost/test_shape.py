@@ -29,6 +29,10 @@ def test_a_config_a_file_and_a_folder_say_the_same(tmp_path):
     assert (shape.hidden_size, shape.head_dim, shape.layers) == (256, 32, (LayerShape(None, 500),) * 3)
     assert (shape.dtype, shape.dtype_bytes) == ("bfloat16", 2)
     assert read_shape(config, dtype="float32").dtype_bytes == 4
+    assert read_shape(json.loads((tmp_path / "config.json").read_text())) == shape
+    assert shape.max_len == config.max_position_embeddings
+    stretched = LlamaConfig(**LLAMA, rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4})
+    assert read_shape(stretched).max_len == 4 * config.max_position_embeddings
 
 
 def test_windows_experts_and_norms():

@@ -89,6 +89,18 @@ def test_keys_differ_by_every_size():
     keys = {KEY, make_key(other, 4, "h100"), make_key(SHAPE, 2, "h100"), make_key(SHAPE, 4, "h200")}
     assert len({key.folder for key in keys}) == 4
     assert make_key(read_shape(LlamaConfig(num_hidden_layers=4)), 4, "h100") == KEY
+    assert make_key(replace(SHAPE, max_len=77), 4, "h100") == KEY  # a length is no size
+
+
+def test_the_spread_is_that_of_repeats():
+    one, two = Choice("weave", 64, 4, 4), Choice("weave", 128, 4, 4)
+
+    def spread(*measured):
+        return TunedStep(256, one, 1.0, "off", 2.0, tuple(Measurement(256, *each) for each in measured)).spread
+
+    assert spread() == spread((one, 1.0)) == spread((one, 1.0), (two, 9.0)) == spread((one, 2.0), (one, 2.0)) == 0.0
+    assert spread((one, 1.0), (one, 1.02), (two, 9.0)) == pytest.approx(0.014, rel=0.01)
+    assert spread((one, 1.0), (one, 1.02), (two, 9.0), (two, 9.18)) == pytest.approx(0.014, rel=0.01)
 
 
 def test_the_nearest_is_of_the_same_machine_and_the_most_alike(store):
@@ -135,7 +147,7 @@ def test_a_broken_file_is_refused_by_name(store, edit, message):
         store.read(KEY)
     assert str(path) in str(caught.value)
     assert message in str(caught.value)
-    assert "delete it, or run `tokenweave tune` again" in str(caught.value)
+    assert "delete it and run `tokenweave tune` again" in str(caught.value)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tokenweave.engine.attention import ATTENTIONS, Site, check_attention, choose, obstacle, open_attention
+from tokenweave.engine.attention import ATTENTIONS, Site, check_attention, choose, has_nvcc, obstacle, open_attention
 
 H100 = Site("cuda", 90, torch.bfloat16, 128, triton=True, flashinfer=True)
 CPU = Site("cpu", 0, torch.float32, 64, triton=True, flashinfer=False)
@@ -18,6 +18,7 @@ CPU = Site("cpu", 0, torch.float32, 64, triton=True, flashinfer=False)
     [
         (H100, "flashinfer"),
         (replace(H100, flashinfer=False), "triton"),
+        (replace(H100, kernels=False), "triton"),
         (replace(H100, dtype=torch.float32), "triton"),
         (replace(H100, head_dim=96), "triton"),
         (replace(H100, capability=75), "torch"),
@@ -43,6 +44,7 @@ def test_auto(site, expected):
         ),
         ("flashinfer", replace(H100, dtype=torch.float32), "FlashInfer takes bfloat16 and float16, .* torch.float32"),
         ("flashinfer", replace(H100, head_dim=96), r"FlashInfer takes heads of \(64, 128, 256\) elements, .* have 96"),
+        ("flashinfer", replace(H100, kernels=False), "FlashInfer compiles its kernels with nvcc, which is not found"),
         ("flashinfer", replace(H100, triton=False), "Triton is not installed"),
     ],
 )
@@ -71,3 +73,14 @@ def test_torch_runs_anywhere_and_is_never_captured():
 def test_it_is_refused_before_there_is_a_cache():
     with pytest.raises(ValueError, match="cannot run here"):
         check_attention("flashinfer", torch.device("cpu"), torch.float32, 64)
+
+
+def test_nvcc_is_found_where_flashinfer_looks(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    before = has_nvcc()  # /usr/local/cuda is looked at, too
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").write_text("#!/bin/sh\n")
+    assert has_nvcc() == before  # not a program yet
+    (tmp_path / "bin" / "nvcc").chmod(0o755)
+    assert has_nvcc()

@@ -184,6 +184,16 @@ def test_captured_tokens_on_a_gpu(checkpoint, name, overlap):
     assert captured == eager
 
 
+@pytest.mark.gpu
+def test_graphs_that_are_let_go_leave_the_others_whole(checkpoint, monkeypatch):
+    """With a graph goes what torch keeps for cuBLAS on the stream that all were captured on, from torch 2.12 on."""
+    eager, _ = on_gpu(checkpoint("llama"), overlap="weave", enforce_eager=True)
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 3)
+    captured, graphs_held = on_gpu(checkpoint("llama"), overlap="weave")
+    assert graphs_held == 3
+    assert captured == eager
+
+
 @pytest.mark.multigpu
 @pytest.mark.parametrize("overlap", ["off", "fused", "weave"])
 def test_captured_tokens_on_two_gpus(ranks, checkpoint, overlap):

@@ -212,6 +212,31 @@ def test_a_stream_tells_every_token_once_and_in_order(llm):
         assert all(sum(after) > sum(before) for before, after in itertools.pairwise(counts))
 
 
+def both_loops(folder: Path, overlap: str) -> list[Any]:
+    """Runs on every rank: what each loop tells, of texts that end unforeseen, are preempted, or need a late token."""
+    params = [
+        SamplingParams(temperature=0, max_tokens=15, repetition_penalty=1.3, ignore_eos=True),
+        SamplingParams(temperature=0.9, n=2, seed=1, max_tokens=12, stop=list("abcdefgh")),
+        SamplingParams(temperature=1, seed=2, max_tokens=15, min_tokens=4, stop_token_ids=[*range(0, 256, 5)]),
+        SamplingParams(temperature=1, seed=3, max_tokens=20, frequency_penalty=1.0, ignore_eos=True),
+    ]
+    told_by = []
+    for overlapped in (False, True):
+        options = OPTIONS | {"num_kv_blocks": 11, "overlap": overlap, "async_scheduling": overlapped}
+        with LLM(folder, **options, max_num_batched_tokens=12, timeout_s=60) as llm:
+            told_by.append(told(llm.generate(PROMPTS, params)))
+    return told_by
+
+
+@pytest.mark.parametrize("overlap", ["off", "weave"])
+def test_on_two_ranks(ranks, checkpoint, overlap):
+    """The others hear of late tokens by their places alone, and find them on their own devices."""
+    (plain, overlapped), others = ranks(2).run(both_loops, checkpoint("llama"), overlap)
+    assert overlapped == plain
+    assert others == [plain, overlapped]
+    assert plain == both_loops(checkpoint("llama"), "off")[0]
+
+
 def give_up(folder: Path, overlapped: bool) -> str:
     """Runs on every rank: from the third step on, each finds that a sum gave up on the other."""
     with LLM(folder, **OPTIONS, async_scheduling=overlapped, timeout_s=20) as llm:

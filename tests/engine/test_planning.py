@@ -29,6 +29,9 @@ def generate_as_tuned(folder: Path, cache: Path) -> list[Plan]:
         with LLM(folder, progress=False, overlap="off", **OPTIONS) as llm:
             if llm._ranks.rank == 0:
                 Store().write_step(key_of(llm._runner), TunedStep(40, Choice("weave", 13, 2, 8), 1.0, "off", 2.0))
+        with LLM(folder, progress=False, overlap="auto", **OPTIONS) as llm:
+            leads = llm._ranks.rank == 0
+            assert llm.plans == ("what was tuned at 40 rows" if leads else "what rank 0 knows")
         return watched_generate(folder, PROMPTS, GREEDY, OPTIONS | {"overlap": "auto"}).plans
 
 
@@ -39,7 +42,7 @@ def test_a_tuned_plan_is_run(ranks, checkpoint, tmp_path):
 
 
 def start_with_a_broken_calibration(folder: Path, cache: Path) -> str:
-    refused = r"cannot be used: .*; delete it, or run `tokenweave calibrate` again"
+    refused = r"cannot be used: .*; delete it and run `tokenweave calibrate` again"
     with mock.patch.dict(os.environ, TOKENWEAVE_CACHE=str(cache)):
         path = calibration_path(torch.device("cpu"))
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -250,6 +250,17 @@ def test_rounding_errors_of_logits_matter_only_at_near_ties():
     assert (moved != sample(logits, rows).token_ids).sum() <= 2
 
 
+@pytest.mark.parametrize("options", FILTERS, ids=str)
+def test_logits_that_are_nan_draw_a_token_too(options):
+    """As of a model that overflows: other rows are drawn as ever, and a GPU is not asked for a place that is not."""
+    logits, row = normal(3, 2000), SamplingRow(**options, key=5, position=7)
+    expected = sample(logits, [row] * 3).token_ids
+    logits[1] = math.nan
+    drawn = sample(logits, [row] * 3).token_ids
+    assert drawn[[0, 2]].equal(expected[[0, 2]])
+    assert 0 <= drawn[1] < 2000
+
+
 def test_keys_and_positions_give_other_draws():
     logits = torch.zeros(1, 10_000)
     rows = [SamplingRow(temperature=1, key=request_key(0, 0, i), position=p) for i in range(5) for p in range(5)]
@@ -262,6 +273,13 @@ def test_the_device_does_not_matter():
     rows = mixed_rows()
     logits = normal(len(rows), 5000, seed=8)
     assert torch.equal(sample(logits.cuda(), rows).token_ids.cpu(), sample(logits, rows).token_ids)
+
+
+@pytest.mark.gpu
+def test_logits_that_are_nan_do_not_end_a_gpu_process():
+    rows = mixed_rows()
+    drawn = sample(torch.full((len(rows), 5000), math.nan, device="cuda"), rows).token_ids.cpu()
+    assert ((drawn >= 0) & (drawn < 5000)).all()
 
 
 # --- penalties and suppression ---------------------------------------------------------------------------------------

@@ -67,6 +67,13 @@ def test_window_and_soft_cap(capability):
     check(capability, torch.bfloat16, 256, 16, 8, window=4096, softcap=50.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_heads_that_are_smaller_than_what_a_dot_product_takes(dtype):
+    """Those of the tests' models: an interpreter takes them as they are, a compiler does not."""
+    for launch in attention(90, dtype, 8, heads=8, kv_heads=4):
+        assert not compiled(launch, 90).complaints(90), launch.kernel.__name__
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("softcap", [None, 30.0], ids=["", "capped"])
 @pytest.mark.parametrize("window", [None, 1000], ids=["", "window"])

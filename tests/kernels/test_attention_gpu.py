@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
 
@@ -14,6 +17,7 @@ from tokenweave.models.attention import Options, PagedAttention
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HEAD_DIMS = (8, 64, 96, 128, 256)
 MIXED = Padding(tokens=5, rows=2, spans=3, blocks=2, mixed=True)
 
 
@@ -21,14 +25,23 @@ def open_triton(storage: torch.Tensor):
     return open_attention("triton", storage).eager
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def steps_cases() -> list[Any]:
+    """(head_dim, dtype, options). Each is compiled, for seconds: all of them take minutes. In short every head size,
+    every dtype and every kind of options comes once."""
+    short = {(dim, torch.bfloat16, "plain") for dim in HEAD_DIMS} | {(128, torch.bfloat16, name) for name in OPTIONS}
+    short |= {(128, torch.float16, "plain"), (64, torch.float32, "window and soft cap"), (256, torch.float32, "plain")}
+    return [
+        pytest.param(*case, id="-".join(map(str, case)), marks=() if case in short else pytest.mark.full)
+        for case in itertools.product(HEAD_DIMS, DTYPES, OPTIONS)
+    ]
+
+
 @pytest.mark.parametrize("padding", [EXACT, MIXED], ids=["exact", "padded"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-def test_steps(head_dim, dtype, padding, options):
+@pytest.mark.parametrize(("head_dim", "dtype", "name"), steps_cases())
+def test_steps(head_dim, dtype, name, padding):
     shape = {"block_size": 16, "heads": 8, "kv_heads": 2, "head_dim": head_dim, "dtype": dtype, "device": "cuda"}
     texts = Texts([90, 9, 150, 40], attend=PaddedBackend(open_triton, padding), **shape)
-    options = Options(head_dim**-0.5, options.window, options.softcap)
+    options = Options(head_dim**-0.5, OPTIONS[name].window, OPTIONS[name].softcap)
     texts.check([80, 1, 140, 3], options)
     texts.check([1, 3, 5, 33], options, None, [1, 0, 1, 1])
     texts.check([1, 1, 1, 1], options, 2)

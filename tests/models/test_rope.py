@@ -126,6 +126,20 @@ def test_chunks_of_a_prompt_are_rotated_as_the_whole_is(scaling, prompt_len):
     assert_same([torch.cat(parts) for parts in zip(*chunks, strict=True)], whole)
 
 
+@pytest.mark.gpu
+def test_the_host_does_not_wait_for_a_gpu():
+    config, cuda = config_of("dynamic"), torch.device("cuda")
+    rope = Rope(llama(config), config, LONG, cuda)
+    long = SimpleNamespace(positions=torch.arange(LONG, device=cuda), rope_lengths=[LONG] * LONG)
+    expected = rope(long)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = rope(long)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same(again, expected)
+
+
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_what_else_is_in_the_half_changes_little(scaling):
     """Short and long sequences together. Angles of short ones are computed in another way, in the last bits."""

@@ -113,6 +113,18 @@ def test_comm_forks_from_compute_and_joins_it_again(checkpoint, form, scene):
     assert not is_joined(without(streams.notes, last))
 
 
+def test_a_job_that_fails_is_joined(checkpoint):
+    """Or CUDA's error at the end of a capture, that comm never came back, would take the place of the job's own."""
+
+    def fail() -> None:
+        torch.ones(3)
+        raise torch.OutOfMemoryError("no memory")
+
+    with FakeStreams() as streams, pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        StreamLane(streams, (streams,)).submit(fail)
+    assert is_joined(streams.notes)
+
+
 def test_captured_steps_are_in_order(checkpoint):
     """Padded, on fixed memory, and again as they are launched."""
     for scene in ("mixed", "decode", "cut in a chunk"):

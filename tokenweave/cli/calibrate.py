@@ -16,7 +16,7 @@ from tokenweave.cli.bar import Bar
 from tokenweave.cli.parser import Parser, UsageError
 from tokenweave.comm.group import environment_world_size, join
 from tokenweave.config import DEVICES
-from tokenweave.cost.calibrate import Calibration, Point, calibrate, store
+from tokenweave.cost.calibrate import POOR, Calibration, Point, calibrate, off_by, store
 from tokenweave.cost.hardware import as_json
 from tokenweave.cost.machine import usable_cores
 from tokenweave.engine.rank import local_place, pick_device
@@ -108,12 +108,30 @@ def table(calibration: Calibration, path: Path) -> str:
         f"machine       {hardware.name}",
         f"peak          {peaks} TFLOP/s; GEMMs reach {share.gemm:.0%}, attention {share.attention:.0%}",
         f"memory        {hardware.memory_bandwidth * share.memory / 1e9:.3g} GB/s",
-        f"link          {hardware.link_bandwidth * share.ring_link / 1e9:.3g} GB/s, {hardware.ring_s * 1e6:.3g} us"
-        + ("" if any("sum" in point.what for point in calibration.points) else " (not measured: one rank)"),
+        f"link          {hardware.link_bandwidth * share.ring_link / 1e9:.3g} GB/s, {of_sum(calibration)}",
         f"kernel        {hardware.kernel_s * 1e6:.3g} us",
+        *warnings(calibration),
         f"written       {path}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def of_sum(calibration: Calibration) -> str:
+    if calibration.world_size == 1:
+        return "not measured: one rank"
+    return f"and {calibration.sum_s * 1e6:.3g} us for each sum of {calibration.world_size} ranks"
+
+
+def warnings(calibration: Calibration) -> Iterator[str]:
+    """One line, where the model is far off."""
+    if not calibration.poor:
+        return
+    worst = ", ".join(f"{f'{p.what} {size(p)}'.strip()} by {off_by(ratio):.1f}" for p, ratio in calibration.poor[:3])
+    yield (
+        f"warning       the model is off by more than a factor of {POOR:g} at {len(calibration.poor)} of "
+        f"{sum(s is not None for s in calibration.predicted_s)} points ({worst}); leave the machine alone and run this "
+        "again"
+    )
 
 
 def rows(calibration: Calibration) -> Iterator[str]:

@@ -46,7 +46,7 @@ class Figures:
 @dataclass(frozen=True)
 class Run:
     """All that can be said of one run. woven: (steps in two halves, all steps); overlap and woven need a trace.
-    memory: of rank 0."""
+    memory: of rank 0. plans: what they go by, as LLM.plans says."""
 
     config: EngineConfig
     world_size: int
@@ -58,6 +58,7 @@ class Run:
     woven: tuple[int, int]
     comm: Choice
     memory: Memory
+    plans: str
 
     @property
     def no_overlap(self) -> str | None:

@@ -39,9 +39,11 @@ def run(options: argparse.Namespace, out: TextIO) -> None:
     printer = pick_printer(out, prompts, params.n, json=options.json, stream=options.stream)
     with LLM(**vars(config)) as llm:
         outputs = complete(llm, prompts, params, options.chat, printer)
-        world_size, device, comm, memory = llm.world_size, llm.device.type, llm.comm, llm.memory
+        world_size, device = llm.world_size, llm.device.type
+        comm, memory, plans = llm.comm, llm.memory, llm.plans
         overlap, woven = llm.overlap_summary(), count_woven(llm.spans)
-    printer.finish(Run(config, world_size, device, prompts, outputs, figures(outputs), overlap, woven, comm, memory))
+    run = Run(config, world_size, device, prompts, outputs, figures(outputs), overlap, woven, comm, memory, plans)
+    printer.finish(run)
 
 
 def prompts_of(options: argparse.Namespace) -> list[str]:

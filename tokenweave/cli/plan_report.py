@@ -26,9 +26,11 @@ class WhatIf:
 
 @dataclass(frozen=True)
 class Report:
-    """size: of the chosen world size; sizes: of all that were looked at. has_sms: whether a plan's SM counts matter."""
+    """size: of the chosen world size; sizes: of all that were looked at. has_sms: whether a plan's SM counts matter.
+    max_len: tokens the model was made for; None: not known."""
 
     model: str
+    max_len: int | None
     hardware: str
     has_sms: bool
     dtype: str
@@ -39,6 +41,11 @@ class Report:
     gains: list[Gain]
     what_if: list[WhatIf]
     explanation: Explanation | None
+
+    @property
+    def device(self) -> str:
+        """What a rank has of its own: all ranks share one CPU."""
+        return "GPU" if self.has_sms else "rank"
 
 
 def make_report(
@@ -53,6 +60,7 @@ def make_report(
     would."""
     if world_size is not None:
         shard_shape(sizer.shape, world_size)  # refuses what the heads cannot be shared by
+    check_length(model, sizer.shape.max_len, workload)
     sizes = [sizer.size(workload, count) for count in sorted({*sizer.world_sizes(), world_size or 1})]
     advice = advise(sizes, workload)
     chosen = world_size or advice.fewest or fewest_that_serve(sizes)
@@ -61,6 +69,7 @@ def make_report(
         raise ValueError(refusal(model, sizer, workload, world_size, sizes))
     return Report(
         model=model,
+        max_len=sizer.shape.max_len,
         hardware=sizer.hardware.name,
         has_sms=bool(sizer.hardware.tiles),
         dtype=sizer.shape.dtype,
@@ -72,6 +81,15 @@ def make_report(
         what_if=[suppose(sizer, workload, size.world_size, factors) for factors in what_if],
         explanation=None if batch is None else explain(sizer.cost(size.world_size, is_decode(batch)), batch),
     )
+
+
+def check_length(model: str, max_len: int | None, workload: Workload) -> None:
+    """Raises ValueError for requests longer than the model was made for."""
+    if max_len is not None and workload.tokens > max_len:
+        raise ValueError(
+            f"{model} was made for {max_len} tokens, and a request has {workload.tokens}; lower --prompt-len "
+            f"({workload.prompt_len}) or --output-len ({workload.output_len})"
+        )
 
 
 def suppose(sizer: Sizer, workload: Workload, world_size: int, factors: dict[str, float]) -> WhatIf:

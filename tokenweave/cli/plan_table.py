@@ -35,16 +35,25 @@ def of_model(report: Report) -> Iterator[str]:
     yield f"{report.model} on {size.world_size} x {report.hardware}, {report.dtype}"
     yield labelled("workload", describe(workload))
     used = f"{gigabytes(memory.weights_bytes)} weights, {gigabytes(memory.workspace_bytes)} workspace"
-    yield labelled("memory of a GPU", f"{used}, {gigabytes(memory.usable_bytes)} usable of it")
+    yield labelled(f"memory of a {report.device}", f"{used}, {gigabytes(memory.usable_bytes)} usable of it")
     each, requests = f"{memory.kv_bytes_per_token / 1e3:.1f} KB each", memory.largest_batch(workload.tokens)
-    yield labelled("room for", f"{memory.kv_tokens} tokens ({each}): {requests} such requests, or one as long as that")
+    tokens = f"{memory.kv_tokens} tokens ({each})"
+    yield labelled("room for", f"{tokens}: {requests} such requests, or one {longest(report)}")
     for phase, breakdown in (("prefill", size.prefill), ("decode", size.decode)):
         if breakdown is not None:
             yield labelled(f"{phase} waits for", waits(breakdown))
 
 
+def longest(report: Report) -> str:
+    """The longest request: as the memory allows, or the model."""
+    max_len = report.max_len
+    if max_len is None or max_len >= report.size.memory.kv_tokens:
+        return "as long as that"
+    return f"of {max_len}, the model's longest"
+
+
 def of_modes(report: Report) -> Iterator[str]:
-    rows: list[Cells] = [("overlap", "TTFT", "TPOT", "tokens/s", "a GPU", "at once")]
+    rows: list[Cells] = [("overlap", "TTFT", "TPOT", "tokens/s", f"a {report.device}", "at once")]
     for mode, serving in report.size.serving.items():
         rows.append((mode, *of_serving(serving, report.size.world_size)))
     yield from aligned(rows)
@@ -64,7 +73,8 @@ def of_targets(report: Report) -> Iterator[str]:
 
 
 def of_sizes(report: Report) -> Iterator[str]:
-    rows: list[Cells] = [("GPUs", "TTFT", "TPOT", "tokens/s", "a GPU", "at once", "TTFT gain")]
+    device = report.device
+    rows: list[Cells] = [(f"{device}s", "TTFT", "TPOT", "tokens/s", f"a {device}", "at once", "TTFT gain")]
     for size in report.sizes:
         auto, off = size.serving["auto"], size.serving["off"]
         gain = f"{off.ttft_s / auto.ttft_s:.2f}x" if auto and off else "-"
@@ -79,7 +89,7 @@ def of_sizes(report: Report) -> Iterator[str]:
     else:
         yield labelled(
             "advice",
-            f"fewest GPUs {advice.fewest}, most tokens/s a GPU {advice.best_per_gpu}, fastest for a request "
+            f"fewest {device}s {advice.fewest}, most tokens/s a {device} {advice.best_per_gpu}, fastest for a request "
             f"{advice.fastest}",
         )
 
@@ -107,7 +117,7 @@ def of_what_if(report: Report) -> Iterator[str]:
     if not report.what_if:
         return
     now = next((gain.planned for gain in report.gains if gain.tokens == report.workload.prompt_len), None)
-    rows: list[Cells] = [("what if", "TTFT", "TPOT", "tokens/s", "a GPU", "at once", "prefill gain")]
+    rows: list[Cells] = [("what if", "TTFT", "TPOT", "tokens/s", f"a {report.device}", "at once", "prefill gain")]
     cells = of_serving(report.size.serving["auto"], report.size.world_size)
     rows.append(("as it is", *cells, "" if now is None else f"{now:.2f}x"))
     for one in report.what_if:

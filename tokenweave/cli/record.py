@@ -21,6 +21,7 @@ def record(run: Run) -> dict[str, Any]:
         "device": run.device,
         "overlap": config.overlap,
         "comm": asdict(run.comm),
+        "plans": run.plans,
         "memory": asdict(run.memory),
         "simulated_link": None if config.link is None else asdict(config.link),
         "figures": asdict(run.figures) | {"tokens_per_s": run.figures.tokens_per_s},

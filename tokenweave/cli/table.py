@@ -36,6 +36,8 @@ def of_ranks(run: Run) -> Iterator[Row]:
     yield "memory", str(run.memory)
     if run.world_size > 1 and run.config.overlap != "off":
         yield "sums", f"{run.comm.implementation}: {run.comm.reason}"
+    if run.world_size > 1 and run.config.overlap == "auto":
+        yield "plans", f"by {run.plans}"
     if run.config.link is not None:
         gbit_per_s = run.config.link.bandwidth_bytes_per_s * 8 / 1e9
         speed = f"{gbit_per_s:g} Gbit/s, {run.config.link.latency_s * 1e6:g} us"

@@ -180,7 +180,7 @@ def record(result: Result) -> dict[str, Any]:
     return {
         "key": asdict(result.key),
         "folder": str(result.folder),
-        "steps": [asdict(step) for step in result.steps],
+        "steps": [asdict(step) | {"spread": step.spread} for step in result.steps],
         "limits": None if result.limits is None else asdict(result.limits),
         "measurements": result.measurements,
         "seconds": result.seconds,
@@ -188,20 +188,25 @@ def record(result: Result) -> dict[str, Any]:
 
 
 def table(result: Result) -> str:
-    lines = [f"{'rows':>6}  {'fastest':<28}{'time':>11}{'unsplit':>18}{'gain':>7}{'measured':>10}"]
+    lines = [f"{'rows':>6}  {'fastest':<28}{'time':>11}{'unsplit':>18}{'gain':>7}{'spread':>8}{'measured':>10}"]
     for step in result.steps:
         unsplit = f"{step.unsplit} {step.unsplit_s * 1e3:.2f} ms"
         gain = f"{step.unsplit_s / step.seconds:.2f}x"
         time_ms = f"{step.seconds * 1e3:.2f} ms"
         lines.append(
-            f"{step.rows:>6}  {describe(step.choice):<28}{time_ms:>11}{unsplit:>18}{gain:>7}{len(step.measured):>10}"
+            f"{step.rows:>6}  {describe(step.choice):<28}{time_ms:>11}{unsplit:>18}{gain:>7}{step.spread:>8.1%}"
+            f"{len(step.measured):>10}"
         )
     limits = result.limits
     if limits is None:
         lines.append("nothing was found within the budget; run the same command again, and it goes on")
     else:
         split = "never" if limits.split_threshold is None else f"from {limits.split_threshold} rows on"
-        lines += ["", f"split         {split}", f"chunk         {limits.chunk_tokens} tokens"]
+        lines += [
+            "",
+            f"split         {split}",
+            f"chunk         {limits.chunk_tokens} tokens (advice: --max-num-batched-tokens)",
+        ]
     lines += [
         f"measured      {result.measurements} steps in {result.seconds:.1f} s",
         f"written       {result.folder}",

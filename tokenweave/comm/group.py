@@ -41,6 +41,7 @@ class Ranks:
     timeout_s: float
     control: Any
     comm: Any
+    watch: Callable[[], None] | None = None  # raises where a rank is known to have ended; does not wait
 
     def send(self, message: Any) -> None:
         """Rank 0: hand one picklable message to every other rank, in order."""
@@ -171,8 +172,9 @@ def join(device: torch.device, timeout_s: float, meeting: Rendezvous | None = No
         enter_default_group(timeout, meeting)
     control = dist.new_group(backend="gloo", timeout=timeout)
     agree_on_device(device, control)
-    # NCCL's watchdog ends the process: the fused kernel's own bound, which names the peer, comes first.
-    backend, bound = ("nccl", 2 * timeout) if device.type == "cuda" else ("gloo", timeout)
+    # NCCL's watchdog ends the process: the fused kernel's own bound, which names the peer, comes first, and then the
+    # host's, which says what it waits for (Runner.fetch: twice this timeout).
+    backend, bound = ("nccl", 3 * timeout) if device.type == "cuda" else ("gloo", timeout)
     comm = dist.new_group(backend=backend, timeout=bound)
     return Ranks(dist.get_rank(), dist.get_world_size(), device, timeout_s, control, comm)
 

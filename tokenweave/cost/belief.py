@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,43 +16,113 @@ from tokenweave.cost.redraw import SPREAD, redraw_cost
 from tokenweave.cost.step import Step
 from tokenweave.cost.work import Batch, Chunk
 
-DRAWS = 96  # of the model's constants
-# What no constants explain, relative: of one candidate's time, of all times of a mode, of all times together, and by
-# where the cut is (per quarter of the rows, and squared), on machines whose GEMMs have tiles and on others.
-MISFIT, MODE_MISFIT, SCALE_MISFIT, CUT_MISFIT, CPU_CUT_MISFIT = 0.02, 0.05, 0.5, 0.005, 0.05
+DRAWS, CPU_DRAWS = 384, 96  # of the model's constants; a CPU has few candidates and no tiles
+EFFECTIVE = 16  # draws, at least, that a belief rests on
+COUNTING = 1e-3  # a draw of less weight than this share of the largest counts for nothing
+MOST_REGRET = 0.05  # of a step's time: how much worse than this an answer is does not matter
+GROUPS = 6  # of outcomes that a measurement is thought to tell apart, at most
+LEADERS, SAMPLED = 8, 24  # candidates that are weighed as the next to measure: the fastest, and some evenly spread
 
 Case = tuple[int, Choice]  # a prompt's rows, and how its step is run
 
 
-class Belief:
-    """A Gaussian over the logarithms of the candidates' times.
+@dataclass(frozen=True)
+class Misfit:
+    """What no constants explain, relative: of one candidate's time, of all times of a mode, of all times together, and
+    by where the cut is (per quarter of the rows, and squared)."""
 
-    The prior is the cost model itself, its constants redrawn: the mean of the draws, and their covariance. A measured
-    candidate therefore corrects those that hang on the same constants, of other modes, cuts and row counts as well.
+    own: float
+    mode: float
+    scale: float
+    cut: float
+
+
+MISFIT = Misfit(own=0.01, mode=0.03, scale=0.05, cut=0.005)  # of machines whose GEMMs have tiles
+CPU_MISFIT = Misfit(own=0.02, mode=0.05, scale=0.5, cut=0.05)
+
+
+class Posterior(NamedTuple):
+    """Of the log seconds of some cases: mean and standard deviation, [cases]; and the draws that they are made of,
+    [draws, cases], with their weights."""
+
+    mean: np.ndarray
+    deviation: np.ndarray
+    weights: np.ndarray
+    draws: np.ndarray
+
+
+class Belief:
+    """What the candidates' times may be: those of the cost model with its constants redrawn, and a misfit to each.
+
+    Draws are weighed by how well they explain what was measured. A measurement therefore corrects all candidates that
+    hang on the same constants, of other modes, cuts and row counts as well.
     """
 
-    def __init__(self, cases: Sequence[Case], log_s: np.ndarray, cut_misfit: float = CUT_MISFIT):
+    def __init__(self, cases: Sequence[Case], log_s: np.ndarray, misfit: Misfit = MISFIT):
         """log_s: [draws, cases], natural logarithms of seconds."""
         self.index = {case: i for i, case in enumerate(cases)}
-        self.prior = log_s.mean(axis=0)
-        draws = (log_s - self.prior) / math.sqrt(max(1, len(log_s) - 1))
-        modes = [[MODE_MISFIT * (choice.mode == mode) for _, choice in cases] for mode in MODES]
+        self.log_s, self.own = log_s, misfit.own
+        modes = [[misfit.mode * (choice.mode == mode) for _, choice in cases] for mode in MODES]
         shift = np.array([0.0 if choice.cut is None else 4 * choice.cut / rows - 2 for rows, choice in cases])
-        cuts, scale = cut_misfit * np.array([shift, shift**2]), np.full(len(cases), SCALE_MISFIT)
-        self.spread = np.vstack([draws, modes, cuts, scale])  # covariance = spread.T @ spread
+        cuts, scale = misfit.cut * np.array([shift, shift**2]), np.full(len(cases), misfit.scale)
+        self.shared = np.vstack([modes, cuts, scale])  # the misfit's covariance = shared.T @ shared + own**2
 
-    def after(self, measured: Sequence[tuple[Case, float]], noise: float) -> tuple[np.ndarray, np.ndarray]:
-        """(mean, standard deviation) of every candidate's log seconds, given (case, seconds) with `noise`, relative."""
-        variance = (self.spread**2).sum(axis=0) + MISFIT**2
-        if not measured:
-            return self.prior, np.sqrt(variance)
-        at = [self.index[case] for case, _ in measured]
-        same = np.equal.outer(np.arange(len(self.prior)), at)
-        shared = self.spread.T @ self.spread[:, at] + MISFIT**2 * same
-        gain = np.linalg.solve(shared[at] + noise**2 * np.eye(len(at)), shared.T).T
-        surprise = np.log([seconds for _, seconds in measured]) - self.prior[at]
-        left = variance - (gain * shared).sum(axis=1)
-        return self.prior + gain @ surprise, np.sqrt(np.maximum(left, 1e-12))
+    def after(self, measured: Sequence[tuple[Case, float]], noise: float, cases: Sequence[Case] = ()) -> Posterior:
+        """The belief of `cases` (none = all), given (case, seconds) with `noise`, relative, of each.
+
+        The draws that explain the measurements count, by their likelihood; where too few would, the likelihood is
+        flattened by a factor, and what it then leaves unsaid the draws' own covariance says, as if all were Gaussian.
+        """
+        columns = np.array([self.index[case] for case in cases or self.index])
+        at = np.array([self.index[case] for case, _ in measured], dtype=int)
+        misfit = self.shared[:, columns].T @ self.shared[:, at] + self.own**2 * np.equal.outer(columns, at)
+        here = self.shared[:, at].T @ self.shared[:, at] + self.own**2 * np.equal.outer(at, at)
+        here += noise**2 * np.eye(len(at))
+        surprise = np.log([seconds for _, seconds in measured]) - self.log_s[:, at]
+        weights, flattened = weigh(surprise, here)
+        draws, seen = self.log_s[:, columns], self.log_s[:, at]
+        seen = seen - weights @ seen
+        unsaid = (1.0 - 1.0 / flattened) * weights[:, np.newaxis] * seen
+        gain = np.linalg.solve(here + seen.T @ unsaid, (misfit + (draws - weights @ draws).T @ unsaid).T).T
+        draws = draws + surprise @ gain.T
+        mean = weights @ draws
+        variance = (self.shared[:, columns] ** 2).sum(axis=0) + self.own**2
+        variance += ((gain @ here) * gain - 2 * gain * misfit).sum(axis=1) + weights @ (draws - mean) ** 2
+        return Posterior(mean, np.sqrt(np.maximum(variance, 1e-12)), weights, draws)
+
+
+def weigh(surprise: np.ndarray, covariance: np.ndarray) -> tuple[np.ndarray, float]:
+    """(weights of draws by their likelihood, the factor >= 1 that its logarithm was divided by so that enough draws
+    count). surprise: [draws, measurements], of a Gaussian with that covariance."""
+    unlikely = 0.5 * (surprise * np.linalg.solve(covariance, surprise.T).T).sum(axis=1)
+    enough, flattened = min(EFFECTIVE, len(surprise) / 2), 1.0
+    while True:
+        weights = np.exp((unlikely.min() - unlikely) / flattened)
+        weights /= weights.sum()
+        if 1.0 / (weights**2).sum() >= enough:
+            return weights, flattened
+        flattened *= 1.25
+
+
+def most_telling(posterior: Posterior, noise: float) -> int:
+    """The case to measure after which the best answer is expected to be the least worse than the best case."""
+    counts = posterior.weights > COUNTING * posterior.weights.max()
+    weights, draws = posterior.weights[counts], posterior.draws[counts]
+    regret = np.minimum(draws - draws.min(axis=1, keepdims=True), MOST_REGRET)
+    leaders = np.argsort(posterior.mean, kind="stable")[:LEADERS]
+    sampled = np.linspace(0, draws.shape[1] - 1, SAMPLED).astype(int)
+    weighed = dict.fromkeys(int(i) for i in (*leaders, *sampled))
+    return min(weighed, key=lambda i: expected_regret(draws[:, i], weights, regret, noise))
+
+
+def expected_regret(log_s: np.ndarray, weights: np.ndarray, regret: np.ndarray, noise: float) -> float:
+    """Of the best answer, once a case was measured that takes `log_s` in each draw. regret: [draws, cases]."""
+    order = np.argsort(log_s, kind="stable")
+    rank = np.cumsum(weights[order]) / weights.sum()
+    deviation = math.sqrt(np.cov(log_s, aweights=weights)) if len(log_s) > 1 else 0.0
+    groups = min(GROUPS, 1 + int(2 * deviation / noise))
+    group = np.minimum((rank * groups).astype(int), groups - 1)
+    return sum(float((weights[one] @ regret[one]).min()) for k in range(groups) if len(one := order[group == k]))
 
 
 def believe(
@@ -59,18 +130,19 @@ def believe(
     cases: Sequence[Case],
     seed: int,
     *,
-    draws: int = DRAWS,
+    draws: int | None = None,
     spread: float = SPREAD,
     progress: Callable[[], Any] = lambda: None,
 ) -> Belief:
-    """What the cost model believes of `cases`. Deterministic for a seed. progress: called after each draw."""
-    random = Random(seed)
-    log_s = np.empty((draws, len(cases)))
-    for draw in range(draws):
+    """What the cost model believes of `cases`. Deterministic for a seed. draws: None = as many as the machine's
+    candidates are worth. progress: called after each draw."""
+    random, tiled = Random(seed), bool(cost.hardware.tiles)
+    log_s = np.empty((draws or (DRAWS if tiled else CPU_DRAWS), len(cases)))
+    for draw in range(len(log_s)):
         drawn = redraw_cost(cost, random, spread)
         log_s[draw] = np.log(list(case_seconds(drawn, cases)))
         progress()
-    return Belief(cases, log_s, CUT_MISFIT if cost.hardware.tiles else CPU_CUT_MISFIT)
+    return Belief(cases, log_s, MISFIT if tiled else CPU_MISFIT)
 
 
 def expected_improvement(mean: np.ndarray, deviation: np.ndarray, best: float) -> np.ndarray:

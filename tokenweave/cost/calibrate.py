@@ -39,7 +39,7 @@ SIZES = {
         "gemms": ((1024, 512), (1024, 1024), (2816, 1024)),
         "prompts": (128, 512, 1024),
         "heads": (8, 4, 64),
-        "copy_bytes": (1 << 24, 1 << 26),
+        "copy_bytes": (1 << 26, 1 << 28),  # more than caches hold
         "sum_bytes": (1 << 14, 1 << 17, 1 << 20, 1 << 22),
     },
     "cuda": {
@@ -52,6 +52,7 @@ SIZES = {
     },
 }
 HIDDEN = 1024  # elements of a row of the sums
+POOR = 2.0  # a point that the fitted model is off by more than this factor, either way, is a poor fit
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,24 @@ class Calibration:
     hardware: Hardware
     points: tuple[Point, ...]
     predicted_s: tuple[float | None, ...]
+    world_size: int = 1
+
+    @property
+    def sum_s(self) -> float:
+        """The fixed part of one sum of these ranks: what it takes of no bytes."""
+        kind = "nccl" if sum_kind(self.hardware) == "all_reduce" else "sharded"
+        return all_reduce_s(kind, 1e-9, self.world_size, self.hardware)
+
+    @property
+    def poor(self) -> list[tuple[Point, float]]:
+        """(point, predicted over measured) of those that the model is off by more than POOR, the worst first."""
+        known = [(p, s / p.seconds) for p, s in zip(self.points, self.predicted_s, strict=True) if s is not None]
+        return sorted((one for one in known if off_by(one[1]) > POOR), key=lambda one: -off_by(one[1]))
+
+
+def off_by(ratio: float) -> float:
+    """The factor, either way."""
+    return max(ratio, 1.0 / ratio)
 
 
 def calibrate(ranks: Ranks, report: Callable[[Point], None] = lambda point: None) -> Calibration:
@@ -85,7 +104,7 @@ def calibrate(ranks: Ranks, report: Callable[[Point], None] = lambda point: None
     hardware = fit(base_record(ranks.device), points, ranks.world_size)
     hardware = replace(hardware, name=machine_name(ranks.device))
     predicted = tuple(predict(hardware, point, ranks.world_size) for point in points)
-    return Calibration(hardware, tuple(points), predicted)
+    return Calibration(hardware, tuple(points), predicted, ranks.world_size)
 
 
 def store(calibration: Calibration, device: torch.device, path: Path | None = None) -> Path:
@@ -303,7 +322,17 @@ def fit_shares(hardware: Hardware, points: Sequence[Point]) -> Hardware:
             assert predicted_s is not None
             found[point.what].append(predicted_s / point.seconds)
     medians = {name: statistics.median(ratios) for name, ratios in found.items() if ratios}
-    return replace(hardware, efficiency=replace(hardware.efficiency, **medians))
+    hardware = replace(hardware, efficiency=replace(hardware.efficiency, **medians))
+    return hardware if hardware.tiles else fit_other_peaks(hardware, points, main)
+
+
+def fit_other_peaks(hardware: Hardware, points: Sequence[Point], main: str) -> Hardware:
+    """The shares are `main`'s; the peaks of others are such that the same share of them is what was measured."""
+    peaks = dict(hardware.flops)
+    for dtype in {point.dtype for point in points if point.what == "gemm"} - {main}:
+        rates = [point.amount / point.seconds for point in points if (point.what, point.dtype) == ("gemm", dtype)]
+        peaks[dtype] = statistics.median(rates) / hardware.efficiency.gemm
+    return replace(hardware, flops={**peaks, "float16": peaks.get("bfloat16", peaks[main])})
 
 
 def computing_bounds(hardware: Hardware, point: Point) -> bool:

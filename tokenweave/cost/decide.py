@@ -23,6 +23,9 @@ class Tuned(Protocol):
 
     def lookup(self, rows: int) -> Choice | None: ...
 
+    @property
+    def summary(self) -> str: ...
+
 
 @dataclass(frozen=True)
 class Decision:

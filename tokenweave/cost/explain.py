@@ -49,7 +49,7 @@ class Explanation:
     def reasons(self) -> list[str]:
         """In words."""
         if self.woven is None:
-            return ["one GPU has nothing to communicate, or there is one row: nothing can be hidden"]
+            return ["one rank has nothing to communicate, or there is one row: nothing can be hidden"]
         return [*_of_split(self, self.woven), _of_choice(self)]
 
 

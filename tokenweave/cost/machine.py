@@ -15,7 +15,7 @@ from tokenweave.cost.store import slug, user_folder
 
 # In a GPU's own name -> the known record. The first that fits counts.
 GPUS = {"H100": "h100-sxm", "H200": "h200", "A100": "a100", "B200": "b200", "L40S": "l40s"}
-REMEDY = "delete it, or run `tokenweave calibrate` again"
+REMEDY = "delete it and run `tokenweave calibrate` again"
 RING_RANKS = 8  # Hardware.ring_s is of so many
 
 

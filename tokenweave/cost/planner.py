@@ -71,6 +71,16 @@ class Planner:
         return self._by_summary(summarise(spans))
 
     @property
+    def basis(self) -> str:
+        """What plans go by, for people."""
+        if self.overlap != "auto" or (self.cost is not None and self.cost.world_size == 1):
+            return f"overlap={self.overlap}"
+        if self.tuned is not None:
+            return self.tuned.summary
+        model = [] if self.cost is None else ["the cost model"]
+        return " and ".join([*model, *([] if self.times is None else ["steps timed at start"])]) or "the default"
+
+    @property
     def _models(self) -> bool:
         """Whether the cost model has a say: not where the mode leaves nothing to decide, nor where it knows nothing."""
         if self.cost is None or self.cost.world_size == 1:

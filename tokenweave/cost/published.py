@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tokenweave.cost.shape import LayerShape, ModelShape
@@ -60,7 +61,20 @@ QWEN3_EXPERTS = {
     "Qwen3-30B-A3B": ((48, 2048, 768, 32, 4, 128, 151936), 128, 8),
     "Qwen3-235B-A22B": ((94, 4096, 1536, 64, 4, 128, 151936), 128, 8),
 }
-
+# Tokens that a model was made for, by how its name begins, from max_position_embeddings in the same files (Qwen2.5: of
+# the instruct models). Not stated: not known.
+MAX_LEN = {
+    "Llama-2-": 4096,
+    "Llama-3": 131072,
+    "Mistral-7B": 32768,
+    "Mistral-Small": 32768,
+    "Mixtral-8x7B": 32768,
+    "Mixtral-8x22B": 65536,
+    "Qwen2.5": 32768,
+    "Qwen3": 40960,
+    "OLMo-2": 4096,
+    "Gemma-2": 8192,
+}
 
 Sizes = tuple[int, int, int, int, int, int, int]
 
@@ -75,7 +89,11 @@ def make(
     return ModelShape(hidden, vocabulary, heads, kv_heads, head_dim, each, **more)
 
 
-PUBLISHED: dict[str, ModelShape] = {
+def max_len(name: str) -> int | None:
+    return next((tokens for start, tokens in MAX_LEN.items() if name.startswith(start)), None)
+
+
+SHAPES: dict[str, ModelShape] = {
     **{name: make(sizes) for name, sizes in DENSE.items()},
     **{name: make(sizes, tied=True) for name, sizes in TIED.items()},
     **{name: make(sizes, qk_norm="head") for name, sizes in QWEN3.items()},
@@ -85,3 +103,4 @@ PUBLISHED: dict[str, ModelShape] = {
     **{name: make(sizes, experts=count, top_k=k) for name, (sizes, count, k) in EXPERTS.items()},
     **{name: make(sizes, experts=count, top_k=k, qk_norm="head") for name, (sizes, count, k) in QWEN3_EXPERTS.items()},
 }
+PUBLISHED = {name: replace(shape, max_len=max_len(name)) for name, shape in SHAPES.items()}

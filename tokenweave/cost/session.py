@@ -16,8 +16,9 @@ from tokenweave.cost.tuned import GRAIN, Measurement, Tuned, TunedLimits, TunedS
 
 FIRST_REPEATS = 3  # of the baseline: they show the noise
 LEAST_NOISE, MOST_NOISE = 0.01, 0.3  # relative
-CONFIRMING = 5  # rounds, a plan in turn with the one that it is to replace,
-WIN = 0.99  # which takes at least this share of its time
+CONFIRMING = 5  # rounds, a plan in turn with the one that it is to replace:
+WIN = 0.99  # it must take less than this share of its time, and win by more than the standard error of the rounds,
+WIN_OLDER = 3.0  # and by so many of them against an older result
 DEFAULT_SMS = 4  # after attention and after the MLP, of a weave that nobody chose
 THRESHOLD_STEPS = 16  # where GEMMs have no tiles, a threshold is found to this share of the row count above it
 
@@ -66,6 +67,7 @@ class Session:
         search = self._search(rows)
         try:
             search.measured += [(case, self._take(*case)) for case in [(rows, Choice("off"))] * FIRST_REPEATS]
+            search.given = FIRST_REPEATS
             search.noise = noise_of([seconds for _, seconds in search.measured])
             for _ in run_search(search, lambda case: self._take(*case)):
                 self.report(f"{rows} rows: {describe(search.best()[1])} of {len(search.measured)} measured")
@@ -104,15 +106,22 @@ class Session:
         return [(m.rows, m.choice) for step in stored for m in step.measured]
 
     def _confirmed(self, rows: int, best: Choice) -> TunedStep:
-        """Off, fused, the plain weave, the fastest on record and `best`: each where it wins in turn with the best of
-        those before it. What is stored is therefore no slower than any default, up to noise."""
+        """What was stored for so many rows, off or fused, the plain weave, the fastest on record and `best`: each where
+        it wins in turn with the best of those before it. What is stored is therefore no slower than any default, and
+        an older result stays unless a new one is better, up to noise."""
         unsplit = self._faster(rows, Choice("off"), Choice("fused")) if self.cost.world_size > 1 else Choice("off")
-        choice = unsplit
-        for woven in dict.fromkeys([*self._plain(rows), self._on_record(rows), best]):
-            if woven.mode == "weave" and woven != choice:
-                choice = self._faster(rows, choice, woven)
+        older = [choice for choice in self._older(rows) if choice.mode == "weave"]
+        choice, *others = dict.fromkeys([*older, unsplit, *self._plain(rows), self._on_record(rows), best])
+        for other in others:
+            if other == unsplit or other.mode == "weave":
+                choice = self._faster(rows, choice, other, WIN_OLDER if choice in older else 1.0)
         mine = tuple(m for m in self.measured if m.rows == rows)
         return TunedStep(rows, choice, self._median_s(rows, choice), unsplit.mode, self._median_s(rows, unsplit), mine)
+
+    def _older(self, rows: int) -> list[Choice]:
+        """What an earlier session stored for this key and row count, if it can be run."""
+        steps = self.stored.steps if self.stored and self.same_key else ()
+        return [step.choice for step in steps if step.rows == rows and step.choice in self._choices(rows)]
 
     def _plain(self, rows: int) -> list[Choice]:
         """The weave in the middle with DEFAULT_SMS, or what is nearest to that; none where nothing can be woven."""
@@ -154,10 +163,11 @@ class Session:
 
     # -- measuring -----------------------------------------------------------------------------------------------------
 
-    def _faster(self, rows: int, one: Choice, other: Choice) -> Choice:
-        """`other`, if it is clearly faster in the median of rounds, each of both in turn."""
+    def _faster(self, rows: int, one: Choice, other: Choice, errors: float = 1.0) -> Choice:
+        """`other`, if it is clearly faster in the median of rounds, each of both in turn: by so many of its errors."""
         rounds = [(self._take(rows, one), self._take(rows, other)) for _ in range(CONFIRMING)]
-        return other if statistics.median(theirs / ours for ours, theirs in rounds) < WIN else one
+        ratios = [theirs / ours for ours, theirs in rounds]
+        return other if statistics.median(ratios) < min(WIN, 1.0 - errors * error_of_median(ratios)) else one
 
     def _take(self, rows: int, choice: Choice) -> float:
         if self.clock() > self._deadline_s:
@@ -173,6 +183,14 @@ class Session:
 def noise_of(seconds: Sequence[float]) -> float:
     """The relative noise of one measurement, by repeats of one step."""
     return min(MOST_NOISE, max(LEAST_NOISE, statistics.stdev(map(math.log, seconds))))
+
+
+def error_of_median(values: Sequence[float]) -> float:
+    """The standard error of the median of values that scatter normally; their spread by the mean distance from it, so
+    that one disturbed value does not rule."""
+    middle = statistics.median(values)
+    deviation = statistics.fmean(abs(value - middle) for value in values) * math.sqrt(math.pi / 2)
+    return math.sqrt(math.pi / 2 / len(values)) * deviation
 
 
 def distance_from_plain(choice: Choice, rows: int) -> tuple[float, int]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from tokenweave.models.registry import ARCHITECTURES, read_config, read_spec
-from tokenweave.models.spec import DecoderSpec, check_world_size
+from tokenweave.models.registry import ARCHITECTURES, read_config, read_spec, supported
+from tokenweave.models.spec import DecoderSpec, check_world_size, longest
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 
@@ -36,6 +37,7 @@ class ModelShape:
     post_norms: int = 0  # norms a layer has after its blocks, before the residual
     tied: bool = False
     dtype: str = "bfloat16"
+    max_len: int | None = field(default=None, compare=False)  # tokens it was made for; None: not known. No size
 
     @property
     def dtype_bytes(self) -> int:
@@ -82,11 +84,13 @@ def shape_of_spec(spec: DecoderSpec, dtype: str = "bfloat16") -> ModelShape:
         post_norms=(spec.norms.attn_out is not None) + (spec.norms.mlp_out is not None),
         tied=spec.tied,
         dtype=dtype,
+        max_len=longest(spec),
     )
 
 
 def read_shape(config: Any, dtype: str | None = None) -> ModelShape:
-    """The sizes of a transformers config, of a path to config.json or its folder, or of a ModelShape itself.
+    """The sizes of a transformers config, of a dict that holds what config.json does, of a path to config.json or its
+    folder, or of a ModelShape itself.
 
     dtype: None = what the config states, bfloat16 where it states none.
     Raises FileNotFoundError or ValueError, in one line: no such file, broken JSON, an architecture not supported.
@@ -98,7 +102,25 @@ def read_shape(config: Any, dtype: str | None = None) -> ModelShape:
         path = Path(config).expanduser()
         folder = path.parent if path.name == "config.json" else path
         config = read_config(folder)
+    elif isinstance(config, Mapping):
+        config = _config_of(config)
     return shape_of_spec(_spec(folder, config), dtype or _dtype(config))
+
+
+def _config_of(values: Mapping[str, Any]) -> Any:
+    """A transformers config. Raises ValueError for a model type that is missing or unknown, and for bad values."""
+    from transformers import CONFIG_MAPPING  # here: it takes seconds
+
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise ValueError(
+            f"a config given as a dict must name a known 'model_type', as config.json does; got {kind!r}; {supported()}"
+        )
+    try:
+        return CONFIG_MAPPING[kind].from_dict(dict(values))
+    except Exception as error:  # transformers raises many kinds for what it cannot use
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"the config given as a dict cannot be used: {reason}; {supported()}") from error
 
 
 def _spec(folder: Path, config: Any) -> DecoderSpec:

@@ -101,8 +101,9 @@ class Sizer:
         return self._serve_rate(workload, world_size, mode)
 
     def gains(self, world_size: int, token_counts: tuple[int, ...] = TOKEN_COUNTS) -> list[Gain]:
-        """Of one prompt's prefill, by its length."""
-        return [self._gain(world_size, tokens) for tokens in token_counts]
+        """Of one prompt's prefill, by its length, as far as the model's own reaches."""
+        longest = self.shape.max_len or max(token_counts)
+        return [self._gain(world_size, tokens) for tokens in token_counts if tokens <= longest]
 
     # -- a batch of requests at once -----------------------------------------------------------------------------------
 

@@ -6,9 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from tokenweave.cost.belief import Belief, Case, expected_improvement
+from tokenweave.cost.belief import Belief, Case, Posterior, expected_improvement, most_telling
 from tokenweave.cost.choice import Choice
 from tokenweave.cost.hardware import Hardware
 
@@ -17,6 +15,7 @@ CUTS = 32  # at most, of one row count
 CPU_CUTS = 16  # where there are no tiles: as many equal parts
 WORTHWHILE = 1e-3  # of a step's time: no measurement for an expected gain below this
 MOST = 64  # measurements of one row count
+TELLING = 8  # of them come first that tell most about the machine
 
 Measure = Callable[[Case], float]
 
@@ -50,20 +49,23 @@ class Search:
     first: Sequence[Case] = ()  # a neighbour's best: measured to begin with
     known: list[tuple[Case, float]] = field(default_factory=list)  # of other row counts
     measured: list[tuple[Case, float]] = field(default_factory=list)
+    given: int = 0  # of those measured, not proposed here
 
     def __post_init__(self) -> None:
         self._place = {case: i for i, case in enumerate(self.cases)}
-        self._columns = np.array([self.belief.index[case] for case in self.cases])
 
     def propose(self) -> Case | None:
-        """The next case to measure: of the greatest expected improvement. None: no measurement is worth its while."""
+        """The next case to measure: the most telling ones, then that of the greatest expected improvement. None: no
+        measurement is worth its while."""
         waiting = [case for case in self.first if all(case != done for done, _ in self.measured)]
         if waiting:
             return waiting[0]
-        mean, deviation = self._posterior()
-        if not self.measured:
-            return self.cases[int(mean.argmin())]
-        gains = expected_improvement(mean, deviation, mean[self._seen()].min())
+        posterior = self._posterior()
+        telling = self.given + len(self.first) + (TELLING if len(self.cases) > TELLING else 0)
+        if len(self.measured) < max(1, telling):
+            return self.cases[most_telling(posterior, self.noise)]
+        seen = [self._place[case] for case, _ in self.measured]
+        gains = expected_improvement(posterior.mean, posterior.deviation, posterior.mean[seen].min())
         i = int(gains.argmax())
         return self.cases[i] if gains[i] > WORTHWHILE else None
 
@@ -71,16 +73,11 @@ class Search:
         self.measured.append((case, seconds))
 
     def best(self) -> Case:
-        """Of the measured cases, the one believed fastest: no lucky measurement wins alone."""
-        mean, _ = self._posterior()
-        return self.cases[min(self._seen(), key=lambda i: mean[i])]
+        """The case believed fastest, measured or not: no lucky measurement wins alone."""
+        return self.cases[int(self._posterior().mean.argmin())]
 
-    def _seen(self) -> list[int]:
-        return sorted({self._place[case] for case, _ in self.measured})
-
-    def _posterior(self) -> tuple[np.ndarray, np.ndarray]:
-        mean, deviation = self.belief.after([*self.known, *self.measured], self.noise)
-        return mean[self._columns], deviation[self._columns]
+    def _posterior(self) -> Posterior:
+        return self.belief.after([*self.known, *self.measured], self.noise, self.cases)
 
 
 def run_search(search: Search, measure: Measure, most: int = MOST) -> Iterator[Case]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import statistics
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from tokenweave.cost.shape import ModelShape
 from tokenweave.cost.store import read_json, slug, user_folder, write_json
 
 VERSION = 1  # of the files
-REMEDY = "delete it, or run `tokenweave tune` again"
+REMEDY = "delete it and run `tokenweave tune` again"
 REACH = 2.0  # a tuned step speaks for row counts up to this factor away
 GRAIN = 128  # a cut found at a tile's edge stays at one
 
@@ -42,7 +44,8 @@ class Key:
 
 def make_key(shape: ModelShape, world_size: int, hardware: str) -> Key:
     """The key of a model on W ranks of the machine named `hardware`. Every size of the shape counts."""
-    digest = hashlib.sha256(json.dumps(asdict(shape), sort_keys=True).encode()).hexdigest()[:12]
+    sizes = {name: value for name, value in asdict(shape).items() if name != "max_len"}
+    digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:12]
     name = f"{shape.hidden_size}x{len(shape.layers)}-{shape.dtype}-{digest}"
     return Key(hardware, name, world_size, shape.hidden_size, len(shape.layers))
 
@@ -58,7 +61,8 @@ class Measurement:
 
 @dataclass(frozen=True)
 class TunedStep:
-    """The best way found to run a step of `rows` rows, its time, the best unsplit one's, and all that was measured."""
+    """The best way found to run a step of `rows` rows, its time, the best unsplit one's, and all that was measured,
+    which tells its spread."""
 
     rows: int
     choice: Choice
@@ -66,6 +70,15 @@ class TunedStep:
     unsplit: str  # the faster of "off" and "fused"
     unsplit_s: float
     measured: tuple[Measurement, ...] = ()
+
+    @property
+    def spread(self) -> float:
+        """Of one measurement, relative: the standard deviation over all ways that were measured more than once."""
+        by_choice: dict[Choice, list[float]] = defaultdict(list)
+        for one in self.measured:
+            by_choice[one.choice].append(math.log(one.seconds))
+        squares = sum(sum((x - statistics.fmean(logs)) ** 2 for x in logs) for logs in by_choice.values())
+        return math.sqrt(squares / max(1, len(self.measured) - len(by_choice)))
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,11 @@ class Tuned:
         if step.choice.mode == "weave" and (rows < 2 or self._splits(rows) is False):
             return Choice(step.unsplit)
         return scaled(step.choice, step.rows, rows)
+
+    @property
+    def summary(self) -> str:
+        """For people."""
+        return f"what was tuned at {', '.join(str(step.rows) for step in self.steps)} rows"
 
     def nearest(self, rows: int, split: bool | None = None) -> TunedStep | None:
         """The step tuned for about so many rows. split: True = of the woven ones alone."""

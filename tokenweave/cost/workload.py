@@ -61,7 +61,7 @@ def why_no_room(memory: Memory, workload: Workload) -> str:
     room = memory.usable_bytes - memory.weights_bytes - memory.workspace_bytes
     if room <= 0:
         needed = (memory.weights_bytes + memory.workspace_bytes) / 1e9
-        return f"weights and workspace need {needed:.1f} GB a GPU, and {memory.usable_bytes / 1e9:.1f} GB can be used"
+        return f"weights and workspace need {needed:.1f} GB a rank, and {memory.usable_bytes / 1e9:.1f} GB can be used"
     requests = workload.batch_size if workload.request_rate is None else 1
     if memory.largest_batch(workload.tokens) < requests:
         batch, context = memory.largest_batch(workload.tokens), memory.largest_context(requests)

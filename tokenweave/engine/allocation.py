@@ -81,24 +81,25 @@ def run_largest_step(runner: Runner) -> None:
     rows = min(config.max_num_batched_tokens, sequences * runner.max_model_len)
     batch = largest_batch(rows, sequences, config.block_size)
     every = ("off", "fused", "weave") if runner.ranks.world_size > 1 else ("off",)
-    with tiny_cache(runner, len(batch.spans[0].block_table)):
+    with tiny_cache(runner):
         for mode in every if config.overlap == "auto" else (config.overlap,):
             logits = runner.forward(batch, plan_step(mode, rows, None))
             sample(logits, [DRAWN] * sequences)
 
 
 def largest_batch(rows: int, sequences: int, block_size: int) -> Batch:
-    """`rows` tokens as the prompts of so many sequences, each of which makes logits, in the cache's first blocks."""
+    """`rows` tokens as the prompts of so many sequences, each of which makes logits. All blocks are the cache's first:
+    what is computed is of no use, and the cache of a step that is looked at for its memory should take none."""
     shares = [rows // sequences + (i < rows % sequences) for i in range(sequences)]
-    blocks = tuple(range(-(-shares[0] // block_size)))
+    blocks = (0,) * -(-shares[0] // block_size)
     return Batch(tuple(Span((0,) * share, 0, blocks, prompt_len=share, wanted=1) for share in shares))
 
 
 @contextmanager
-def tiny_cache(runner: Runner, blocks: int) -> Iterator[None]:
-    """A cache for a while. What is opened on it goes with it, and nothing is captured."""
+def tiny_cache(runner: Runner) -> Iterator[None]:
+    """A cache of one block for a while. What is opened on it goes with it, and nothing is captured."""
     capturer, runner.capturer = runner.capturer, None
-    runner.storage = empty_storage(runner, blocks)
+    runner.storage = empty_storage(runner, 1)
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -63,7 +64,8 @@ class TorchBackend:
 class Site:
     """What decides which attention can run. capability: 90 for compute capability 9.0, 0 on a CPU.
 
-    triton, flashinfer: whether they are installed. interpreted: Triton's kernels run on a CPU (TRITON_INTERPRET).
+    triton, flashinfer: whether they are installed. kernels: whether FlashInfer has its kernels, or an nvcc to make them
+    with at first use. interpreted: Triton's kernels run on a CPU (TRITON_INTERPRET).
     """
 
     device: str
@@ -72,6 +74,7 @@ class Site:
     head_dim: int
     triton: bool
     flashinfer: bool
+    kernels: bool = True
     interpreted: bool = False
 
 
@@ -110,7 +113,15 @@ def site_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> Site:
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     installed = {name: importlib.util.find_spec(name) is not None for name in ("triton", "flashinfer")}
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return Site(device.type, 10 * major + minor, dtype, head_dim, interpreted=interpreted, **installed)
+    kernels = importlib.util.find_spec("flashinfer_jit_cache") is not None or has_nvcc()
+    return Site(device.type, 10 * major + minor, dtype, head_dim, kernels=kernels, interpreted=interpreted, **installed)
+
+
+def has_nvcc() -> bool:
+    """Where FlashInfer looks for it."""
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    folders = [os.path.join(home, "bin") for home in (*homes, "/usr/local/cuda") if home]
+    return shutil.which("nvcc") is not None or any(shutil.which("nvcc", path=folder) for folder in folders)
 
 
 def choose(asked: str, site: Site) -> str:
@@ -133,6 +144,8 @@ def obstacle(name: str, site: Site) -> str | None:
         return f"FlashInfer needs a CUDA device, this is {site.device}"
     if not site.flashinfer:
         return "FlashInfer is not installed: pip install tokenweave[flashinfer]"
+    if not site.kernels:
+        return "FlashInfer compiles its kernels with nvcc, which is not found: pip install flashinfer-jit-cache"
     if site.dtype not in (torch.bfloat16, torch.float16):
         return f"FlashInfer takes bfloat16 and float16, the cache is {site.dtype}"
     if site.head_dim not in FLASHINFER_HEAD_DIMS:

@@ -26,6 +26,6 @@ def open_planner(runner: Runner, times: StepTimes | None) -> Planner:
         log.info("nothing is known of %s; `tokenweave calibrate` measures it", machine_name(ranks.device))
         return Planner(config.overlap, times=times)
     tuned = tuned_plans(runner) if config.overlap == "auto" else None  # goes before everything else
-    if tuned is not None:
-        log.info("plans go by what was tuned at %s rows", ", ".join(str(step.rows) for step in tuned.steps))
-    return Planner(config.overlap, cost_of(runner), times, tuned, config.max_num_batched_tokens)
+    planner = Planner(config.overlap, cost_of(runner), times, tuned, config.max_num_batched_tokens)
+    log.info("plans go by %s", planner.basis)
+    return planner

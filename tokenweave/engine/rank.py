@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,20 @@ class Rank:
         self.ranks.leave()
 
 
-def open_rank(config: EngineConfig, meeting: Rendezvous | None = None, observers: tuple[Observer, ...] = ()) -> Rank:
+def open_rank(
+    config: EngineConfig,
+    meeting: Rendezvous | None = None,
+    observers: tuple[Observer, ...] = (),
+    watch: Callable[[], None] | None = None,
+) -> Rank:
     """Join the others, load this rank's share of the model, and measure where the plan asks for it. Collective.
 
+    watch: as Ranks.watch.
     Raises the same kind of error on every rank when any of them fails.
     """
     device = pick_device(config.device, *local_place(meeting))
     ranks = join(device, config.timeout_s, meeting)
+    ranks.watch = watch
     try:
         return load_rank(config, ranks, observers)
     except BaseException:

@@ -35,7 +35,7 @@ from tokenweave.models.decoder import Decoder
 from tokenweave.models.dummy import fill
 from tokenweave.models.layers import Place
 from tokenweave.models.registry import read_spec
-from tokenweave.models.spec import DecoderSpec
+from tokenweave.models.spec import DecoderSpec, longest
 from tokenweave.models.weights import load, unused
 from tokenweave.trace.observe import TraceObserver, observed
 from tokenweave.trace.spans import Recorder
@@ -175,12 +175,15 @@ class Runner:
 
     def fetch(self, tensors: Sequence[Tensor] = ()) -> Fetch:
         """Start to bring tensors of this device to the host, behind all that is queued now. `wait` of what this returns
-        is bounded, and raises PeerError if a sum gives up on a rank: what it leaves behind is of no use."""
-        return Fetch(tensors, self.ranks.device, self.communicator.check, 2 * self.ranks.timeout_s, self.queued)
+        is bounded, and raises what `check` does: what is left behind is then of no use."""
+        return Fetch(tensors, self.ranks.device, self.check, 2 * self.ranks.timeout_s, self.queued)
 
     def check(self) -> None:
-        """Raises PeerError if a sum that is done gave up on a rank. Does not wait."""
+        """Raises PeerError if a sum that is done gave up on a rank, ConnectionError if a rank that this process started
+        has ended. Does not wait."""
         self.communicator.check()
+        if self.ranks.watch is not None:
+            self.ranks.watch()
 
     def synchronize(self) -> None:
         """Wait until everything that was queued is done. Bounded and checked as a fetch."""
@@ -226,9 +229,3 @@ def pick_dtype(asked: str, hf_config: Any, device: torch.device) -> torch.dtype:
         return getattr(torch, asked)
     stated = getattr(hf_config, "dtype", None)
     return stated if device.type == "cuda" and isinstance(stated, torch.dtype) else torch.float32
-
-
-def longest(spec: DecoderSpec) -> int:
-    """Tokens the model was made for; dynamic rope is made for `factor` times its trained length."""
-    stretch = spec.rope.get("factor", 1.0) if spec.rope.get("rope_type") == "dynamic" else 1.0
-    return int(spec.max_position * stretch)

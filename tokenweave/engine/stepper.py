@@ -23,12 +23,13 @@ class Stepper:
     """
 
     def __init__(self, config: EngineConfig):
-        self._workers = start_workers(config)
+        self._workers = workers = start_workers(config)
+        meeting, watch = (workers.meeting, workers.check) if workers else (None, None)
         self._warm: set[tuple[int, str]] = set()
         try:
-            self.rank = open_rank(config, self._workers.meeting if self._workers else None)
-            if self._workers is not None:
-                self._workers.wake()
+            self.rank = open_rank(config, meeting, watch=watch)
+            if workers is not None:
+                workers.wake()
         except BaseException:
             self._stop(force=True)
             raise

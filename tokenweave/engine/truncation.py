@@ -56,5 +56,6 @@ def _cutoff_within(width: int, scores: Tensor, rows: Sequence[SamplingRow]) -> t
         total = torch.where(top_k < scores.shape[1], total, scores.double().exp().sum(-1, keepdim=True))
     through = weights.cumsum(-1) / total  # probability of a token and all above it
     kept = inside & (through - weights / total < top_p)
-    cutoff = ordered.gather(-1, kept.sum(-1, keepdim=True) - 1)
+    last = (kept.sum(-1, keepdim=True) - 1).clamp_min(0)  # of NaN none is kept; on a GPU place -1 would end the process
+    cutoff = ordered.gather(-1, last)
     return cutoff[:, 0], ((top_k <= width) | (through[:, -1:] >= top_p))[:, 0]

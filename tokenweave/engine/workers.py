@@ -49,6 +49,11 @@ class Workers:
             process.stdin.write(b"\n")
             process.stdin.flush()
 
+    def check(self) -> None:
+        """Raises ConnectionError if one has ended. On CUDA nothing else says so: its sums, unsummed, just never end."""
+        if any(process.poll() is not None for process in self.processes):
+            raise ConnectionError(self.ended())
+
     def ended(self) -> str:
         """Which ranks have ended, in words. Called where one seems to be gone: waits a moment until one is."""
         deadline_s = time.monotonic() + END_TIMEOUT_S

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenweave.kernels.attention_decode import decode, join
 from tokenweave.kernels.attention_prefill import prefill
-from tokenweave.kernels.attention_sizes import SPLIT_KEYS, Gpu, decode_tile, power_of_two, prefill_tile, splits_of
+from tokenweave.kernels.attention_sizes import SPLIT_KEYS, Gpu, decode_tile, padded_dim, prefill_tile, splits_of
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Call:
             "GROUP": self.group,
             "BLOCK_SIZE": self.keys.shape[1],
             "DIM": dim,
-            "DIM_PADDED": power_of_two(dim),
+            "DIM_PADDED": padded_dim(dim),
             "WINDOW": self.window or 0,
             "CAPPED": self.softcap is not None,
         }
@@ -132,6 +132,6 @@ def launch_decode(call: Call) -> None:
     if splits > 1:
         join[(heads, spans)](
             call.out, parts, sums, pages.starts, pages.kv_lengths,
-            DIM=dim, DIM_PADDED=power_of_two(dim), WINDOW=call.window or 0, **shares,
+            DIM=dim, DIM_PADDED=padded_dim(dim), WINDOW=call.window or 0, **shares,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-LEAST_DOT = 16  # rows and keys that tl.dot takes
+LEAST_DOT = 16  # rows, keys and elements of a head that tl.dot takes
 SPLIT_KEYS = 256  # keys that are worth a program of their own; a multiple of every tile's keys
 MOST_SPLITS = 64  # what one program joins
 PROGRAMS_PER_SM = 4  # that decode together on an SM: enough loads in flight for its share of the memory rate
@@ -58,6 +58,11 @@ def splits_of(sms: int, spans: int, kv_heads: int, most_keys: int) -> int:
     fill = -(-PROGRAMS_PER_SM * sms // (spans * kv_heads))
     worth = -(-most_keys // SPLIT_KEYS)
     return power_of_two(min(fill, worth, MOST_SPLITS))
+
+
+def padded_dim(head_dim: int) -> int:
+    """Elements of a head as the kernels hold it."""
+    return max(power_of_two(head_dim), LEAST_DOT)
 
 
 def power_of_two(count: int) -> int:

@@ -36,7 +36,9 @@ class Rope:
     def __call__(self, half: Any) -> tuple[Tensor, Tensor]:
         """(cos, sin), each [tokens, 1, head_dim] fp32, of the half's positions."""
         if self.kind == "dynamic" and max(half.rope_lengths) > self.max_position:
-            lengths = torch.tensor(half.rope_lengths, dtype=torch.float32, device=self.cos.device)
+            # Pinned: from pageable memory the copy would wait for everything that is queued on the device.
+            lengths = torch.tensor(half.rope_lengths, dtype=torch.float32, pin_memory=self.cos.is_cuda)
+            lengths = lengths.to(self.cos.device, non_blocking=True)
             angles = half.positions[:, None].float() * self._dynamic(lengths)
             cos, sin = self._tables(angles)
         else:

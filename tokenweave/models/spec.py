@@ -89,3 +89,9 @@ def check_world_size(spec: DecoderSpec, world_size: int) -> None:
             f"the model has {spec.num_heads} attention heads and {spec.num_kv_heads} key-value heads, which "
             f"{world_size} ranks cannot share evenly; world sizes that fit: {', '.join(map(str, fitting))}"
         )
+
+
+def longest(spec: DecoderSpec) -> int:
+    """Tokens the model was made for; dynamic rope is made for `factor` times its trained length."""
+    stretch = spec.rope.get("factor", 1.0) if spec.rope.get("rope_type") == "dynamic" else 1.0
+    return int(spec.max_position * stretch)

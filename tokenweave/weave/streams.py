@@ -77,8 +77,12 @@ class StreamLane:
             observer.submitted(job)
             observer.started(job)
         self.streams.wait(COMM, self.streams.record(COMPUTE))
-        with self.streams.comm():
-            result = job.run()
+        try:
+            with self.streams.comm():
+                result = job.run()
+        except BaseException:
+            self.streams.wait(COMPUTE, self.streams.record(COMM))  # an unjoined capture's error would hide this one
+            raise
         done = self.streams.record(COMM)
         for observer in self.observers:
             observer.finished(job)
