@@ -20,4 +20,13 @@ quoted() { # WORDS...: as one line that any POSIX shell reads back
     printf '%s' "${words[*]}"
 }
 
-DEFAULT_PROGRAM=(-m -- tokenweave.cli generate --overlap weave '12+34=') # after --, torchrun takes no option for its own
+DEFAULT_PROGRAM=(-m -- tokenweave.cli generate --overlap weave '12+34=')
+
+# Into `program`, with a -- before it, after which torchrun takes no option of it (--n) for an abbreviation of its own.
+set_apart() { # PROGRAM...
+    local module=()
+    if [[ $1 == -m ]]; then module=(-m) && shift; fi
+    program=(${module[@]+"${module[@]}"})
+    if [[ ${1--} != -* ]]; then program+=(--); fi # else torchrun's own options come first, or the -- is there
+    program+=("$@")
+}

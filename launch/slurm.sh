@@ -18,8 +18,8 @@ meet on the first node. Inside a job or an allocation (salloc) it runs srun at o
   launch/slurm.sh --nodes 2 --gpus-per-node 8 --sbatch --partition=gpu --sbatch --time=30 -- my_script.py --its options
 
 PROGRAM is what torchrun takes: a script and its arguments, or -m MODULE ... (default: `tokenweave generate` with the
-embedded model). All nodes need this repository with its environment (launch/test.sh makes it) and the model at the same
-paths, as on a shared file system.
+embedded model). All nodes need this repository with its environment (launch/generate.sh makes it) and the model at the
+same paths, as on a shared file system.
 
   --nodes N             machines (inside a job: those it has)
   --gpus-per-node G     GPUs, and so ranks, of each (inside a job: those it has)
@@ -36,18 +36,20 @@ END
 
 nodes=${SLURM_JOB_NUM_NODES-} gpus='' nproc='' python=$ROOT/.venv/bin/python port='' dry='' submitting=() arguments=()
 while (($#)); do
-    case $1 in
+    option=${1%%=*} value=${1#*=} width=1
+    if [[ $1 != *=* ]]; then value=${2-} width=2; fi
+    case $option in
         --nodes | --gpus-per-node | --nproc | --python | --port | --sbatch)
-            [[ ${2-} ]] || die "$1 needs a value; see --help"
-            case $1 in
-                --nodes) nodes=$2 ;;
-                --gpus-per-node) gpus=$2 ;;
-                --nproc) nproc=$2 ;;
-                --python) python=$2 ;;
-                --port) port=$2 ;;
-                --sbatch) submitting+=("$2") ;;
+            [[ $value ]] || die "$option needs a value; see --help"
+            case $option in
+                --nodes) nodes=$value ;;
+                --gpus-per-node) gpus=$value ;;
+                --nproc) nproc=$value ;;
+                --python) python=$value ;;
+                --port) port=$value ;;
+                --sbatch) submitting+=("$value") ;;
             esac
-            shift 2
+            shift "$width"
             ;;
         --dry-run) dry=yes && shift ;;
         -h | --help)
@@ -88,8 +90,9 @@ names=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?}")
 first=${names%%$'\n'*}
 [[ $first ]] || die "scontrol names no node of ${SLURM_JOB_NODELIST}"
 port=${port:-$((20000 + SLURM_JOB_ID % 10000))}
+set_apart "${arguments[@]}"
 cd "$ROOT"
 # --kill-on-bad-exit: a node that fails ends the others. --label: each line after its task's number.
 run srun --nodes "$nodes" --ntasks "$nodes" --ntasks-per-node 1 --kill-on-bad-exit=1 --label \
     "$python" launch/ranks.py --nnodes "$nodes" --nproc-per-node "$nproc" --rdzv-backend c10d \
-    --rdzv-endpoint "$first:$port" --rdzv-id "tokenweave-$SLURM_JOB_ID" --rdzv-conf join_timeout=300 "${arguments[@]}"
+    --rdzv-endpoint "$first:$port" --rdzv-id "tokenweave-$SLURM_JOB_ID" --rdzv-conf join_timeout=300 "${program[@]}"

@@ -15,8 +15,8 @@ tensor-parallel group. When a host fails, or on Ctrl-C, all are stopped; the exi
   launch/ssh.sh --hosts gpu1,gpu2 --nproc 8 -- my_script.py --its options
 
 PROGRAM is what torchrun takes: a script and its arguments, or -m MODULE ... (default: `tokenweave generate` with the
-embedded model). Every host needs this repository with its environment (launch/test.sh makes it) and the model at the
-same paths, and an ssh login without a password.
+embedded model). Every host needs this repository with its environment (launch/generate.sh makes it) and the model at
+the same paths, and an ssh login without a password.
 
   --hosts H1,H2,...     names or addresses, also user@host; ranks go in this order
   --nproc N             ranks, that is GPUs, of each host (default: 8)
@@ -50,7 +50,11 @@ while (($#)); do
                 --python) python=$value ;;
                 --master-addr) address=$value ;;
                 --master-port) port=$value ;;
-                --env) names+=("$value") ;;
+                --env)
+                    [[ $value =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] ||
+                        die "--env must name a variable, not '$value'; see --help"
+                    names+=("$value")
+                    ;;
                 --timeout-s) limit=$value ;;
             esac
             shift "$width"
@@ -72,6 +76,7 @@ whole --master-port "$port"
 if [[ $limit ]]; then whole --timeout-s "$limit"; fi
 address=${address:-${hosts[0]##*@}} python=${python:-$folder/.venv/bin/python}
 if ((${#arguments[@]} == 0)); then arguments=("${DEFAULT_PROGRAM[@]}"); fi
+set_apart "${arguments[@]}"
 environment=()
 for name in $(compgen -e | grep -E '^(NCCL|GLOO|TOKENWEAVE|HF)_') "${names[@]}"; do
     if [[ -n ${!name+set} ]]; then environment+=("$name=${!name}"); fi
@@ -81,7 +86,7 @@ done
 remote() { # NODE_RANK
     local ranks
     ranks=$(quoted env ${environment[@]+"${environment[@]}"} "$python" launch/ranks.py --nnodes "${#hosts[@]}" \
-        --node-rank "$1" --nproc-per-node "$nproc" --master-addr "$address" --master-port "$port" "${arguments[@]}")
+        --node-rank "$1" --nproc-per-node "$nproc" --master-addr "$address" --master-port "$port" "${program[@]}")
     printf '%s' "exec 3<&0; cd $(quoted "$folder") || exit; $ranks </dev/null 3<&- & ranks=\$!; " \
         "{ cat <&3; kill -TERM \$ranks; } >/dev/null 2>&1 & watch=\$!; wait \$ranks; code=\$?; " \
         "kill \$watch 2>/dev/null; exit \$code"

@@ -338,9 +338,8 @@ def test_text_without_a_tokenizer(checkpoint, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(checkpoint("llama"), folder, ignore=shutil.ignore_patterns("tokenizer*", "*.jinja"))
     with LLM(folder, **OPTIONS) as llm:
-        with pytest.raises(
-            ValueError, match=r"^prompt 0 is text, but the model folder has no tokenizer; pass token ids$"
-        ):
+        message = r"^prompt 0 is text, but the model folder has no tokenizer; add one, or pass token ids \(in Python\)$"
+        with pytest.raises(ValueError, match=message):
             llm.generate("hello")
         with pytest.raises(ValueError, match=r" has no chat template; use generate with text of your own form$"):
             llm.chat([{"role": "user", "content": "hi"}])

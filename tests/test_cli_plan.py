@@ -207,6 +207,13 @@ BAD = {
     "expected [COUNTx]TOKENS[@CONTEXT] with + between": [LLAMA, "--explain", "0"],
     "got '2x'": [LLAMA, "--explain", "5+2x"],
     "prompt_len must be a whole number >= 1, got 0": [LLAMA, "--prompt-len", "0"],
+    "argument --request-rate: not allowed with argument --batch-size": [
+        LLAMA,
+        "--batch-size",
+        "8",
+        "--request-rate",
+        "4",
+    ],
     "request_rate must be a number > 0, got -1.0": [LLAMA, "--request-rate", "-1"],
     "--plot must name a .png file": [LLAMA, "--plot", "x.pdf"],
     "its folder does not exist": [LLAMA, "--plot", "no/x.png"],

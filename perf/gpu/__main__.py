@@ -1,8 +1,8 @@
 """The runtime on one GPU: is it right, how fast is it, and does the cost model know it.
 
-Usage: python -m perf.gpu [--only PART ...] [--output FOLDER] [--dry-run]. perf/gpu.sh runs it, part by part, after the
-tests and `tokenweave calibrate`. Writes runtime-one-gpu-<date>-<gpu>.json and .md. --dry-run needs no GPU: it runs the
-same lines on the CPU with tiny sizes. Exit code 0: every part ran and no goal was missed; 1: not.
+perf/gpu.sh runs it, part by part, after the tests and `tokenweave calibrate`. Writes runtime-one-gpu-<date>-<gpu>.json
+and .md. --dry-run needs no GPU: it runs the same lines on the CPU with tiny sizes. Exit code 0: every part ran and no
+goal was missed; 1: not.
 """
 
 from __future__ import annotations
@@ -72,9 +72,17 @@ def failed(part: dict[str, Any]) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
+    name, form = "python -m perf.gpu", argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(name, usage=f"{name} [options]", description=__doc__, formatter_class=form)
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER", help="default: perf/results")
+    parser.add_argument(
+        "--only",
+        choices=PARTS,
+        nargs="+",
+        default=list(PARTS),
+        metavar="PART",
+        help=f"of {', '.join(PARTS)}; default: all",
+    )
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
     options = parser.parse_args(arguments)
     if not options.dry_run and not torch.cuda.is_available():

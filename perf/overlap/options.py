@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -75,7 +76,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--without", choices=PEER_NAMES, nargs="+", default=[], metavar="PEER",
                    help=f"leave out peers, of {', '.join(map(repr, PEER_NAMES))}")  # fmt: skip
     p.add_argument("--quick", action="store_true", help="a tiny model, few and small points: figures mean nothing")
-    p.add_argument("--out", type=Path, metavar="DIR", help="default: perf/results/overlap-<date>-<link>")
+    p.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: perf/results/overlap-<date>-<link>; temporary if --quick"
+    )
     p.add_argument(
         "--timeout-s", type=positive, default=1800.0, metavar="S", help="for one model on one link (default: 1800)"
     )
@@ -118,7 +121,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     except (ValueError, OSError) as error:
         p.error(str(error))
     name = f"overlap-{date.today().isoformat()}-{options.link}{'-quick' if options.quick else ''}"
-    options.out = (options.out or RESULTS / name).absolute()
+    folder = Path(tempfile.gettempdir()) if options.quick else RESULTS
+    options.out = (options.out or folder / name).absolute()
     return options
 
 

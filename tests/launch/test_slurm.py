@@ -66,11 +66,11 @@ def test_in_a_job_torchrun_starts_on_each_node(tmp_path, gpus, nproc):
     assert words[9:14] == ["launch/ranks.py", "--nnodes", "2", "--nproc-per-node", nproc]
     assert words[words.index("--rdzv-endpoint") + 1] == "127.0.0.1:23456"  # 20000 + 123456 % 10000
     assert words[words.index("--rdzv-id") + 1] == "tokenweave-123456"
-    assert words[-3:] == ["-m", "x", "y z"]
+    assert words[-4:] == ["-m", "--", "x", "y z"]  # after --, torchrun takes no option of x for its own
 
 
 def test_a_dry_run_prints_the_command(tmp_path):
-    code, out, _ = run(tmp_path, "--nodes", "3", "--gpus-per-node", "8", "--dry-run", "--", "a.py", stubs={})
+    code, out, _ = run(tmp_path, "--nodes=3", "--gpus-per-node", "8", "--dry-run", "--", "a.py", stubs={})
     assert code == 0
     assert out.startswith("sbatch --nodes 3 --ntasks-per-node 1 --gpus-per-node 8 --export ALL,TOKENWEAVE_ROOT=")
     assert "--dry-run" not in out
@@ -92,8 +92,8 @@ def test_bad_input_is_one_line(tmp_path, arguments, env, message):
 
 def test_two_nodes_generate_together(tmp_path):
     """Real: two torchruns that meet by c10d, one rank each, over gloo; the group spans what torchrun takes for two
-    machines."""
-    command = "-m -- tokenweave.cli generate --device cpu --overlap weave --json 12+34= 999+1="
+    machines. --n: the beginning of several of torchrun's own options."""
+    command = "-m tokenweave.cli generate --n 1 --device cpu --overlap weave --json 12+34= 999+1="
     stubs = {"srun": SRUN, "scontrol": SCONTROL}
     env = JOB | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "TOKENWEAVE_CACHE": str(tmp_path)}
     options = ("--nproc", "1", "--port", str(free_port()), "--python", sys.executable)

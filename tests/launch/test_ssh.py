@@ -88,7 +88,7 @@ def test_every_host_gets_its_number_and_the_program_word_by_word(place, monkeypa
         words = (
             f"launch/ranks.py --nnodes 2 --node-rank {node} --nproc-per-node 4 --master-addr one --master-port 29500"
         )
-        program = "<my script.py> <it's> <> <$HOME *> <--nproc> <9>"
+        program = "<--> <my script.py> <it's> <> <$HOME *> <--nproc> <9>"
         assert f"[{host}] node {node} got {' '.join(f'<{word}>' for word in words.split())} {program}" in lines
     assert "[me@two] over eth 0" in lines
     assert "[me@two] oops" in lines
@@ -150,7 +150,8 @@ def test_a_dry_run_prints_what_a_shell_would_run(place):
     assert (first[0], first[-2], second[-2]) == ("ssh", "one", "me@two")
     shell, option, inner = shlex.split(second[-1])
     assert (shell, option) == ("bash", "-c")
-    assert "--node-rank 1 --nproc-per-node 4 --master-addr 10.0.0.1 --master-port 29500 a.py 'b c' </dev/null" in inner
+    assert "--node-rank 1 --nproc-per-node 4 --master-addr 10.0.0.1 --master-port 29500 -- " in inner
+    assert "29500 -- a.py 'b c' </dev/null" in inner
     assert not list(place.glob("pid.*"))
 
 
@@ -161,6 +162,7 @@ def test_a_dry_run_prints_what_a_shell_would_run(place):
         (("--hosts", "a,,b"), "--hosts has an empty or odd name ''; see --help"),
         (("--hosts", "a,-oProxyCommand=x"), "--hosts has an empty or odd name '-oProxyCommand=x'; see --help"),
         (("script.py",), "unknown option script.py; what torchrun is to run comes after --; see --help"),
+        (("--env", "A B"), "--env must name a variable, not 'A B'; see --help"),
         (("--timeout-s",), "--timeout-s needs a value; see --help"),
     ],
 )

@@ -24,7 +24,8 @@ MODEL = (
     ),
     Option(
         "load_format",
-        "auto: the model's safetensors; dummy: random weights, to measure a shape for which config.json is enough",
+        "auto: the model's safetensors; dummy: random weights, to measure a shape, for which config.json and a "
+        "tokenizer are enough",
         choices=LOAD_FORMATS,
     ),
     Option(
@@ -75,8 +76,8 @@ ENGINE = (
         "prepare and launch a step before the tokens of the last are known (default: on CUDA, where that hides the "
         "host's work)",
     ),
-    Option("enforce_eager", "queue every step anew, with no CUDA graphs"),
-    Option("cuda_graph_max_tokens", "the largest prefill step that is captured in a CUDA graph", "N"),
+    Option("enforce_eager", "on CUDA: queue every step anew, without graphs"),
+    Option("cuda_graph_max_tokens", "on CUDA: the largest prefill step that is captured in a graph", "N"),
     Option("enable_prefix_caching", "do not reuse the keys and values of equal beginnings", name="prefix_caching"),
     Option("seed", "what prompts without --request-seed draw from", "SEED"),
     Option("timeout_s", "the bound on every wait for another rank", "SECONDS"),

@@ -77,13 +77,20 @@ def add_workload(group: Any) -> None:
     for flag, metavar, words in (
         ("--prompt-len", "TOKENS", "of a request's prompt"),
         ("--output-len", "TOKENS", "that a request gets"),
-        ("--batch-size", "N", "requests at once"),
         ("--step-tokens", "TOKENS", "of one step at most; longer prompts are computed in chunks"),
     ):
         name = flag.lstrip("-").replace("-", "_")
         shown = f"{words} (default: %(default)s)"
         group.add_argument(flag, type=int, default=getattr(default, name), metavar=metavar, help=shown)
-    group.add_argument(
+    load = group.add_mutually_exclusive_group()
+    load.add_argument(
+        "--batch-size",
+        type=int,
+        default=default.batch_size,
+        metavar="N",
+        help="requests at once (default: %(default)s)",
+    )
+    load.add_argument(
         "--request-rate", type=or_none(float), metavar="R", help="requests that come a second, instead of a batch"
     )
     group.add_argument("--ttft-ms", type=or_none(float), metavar="MS", help="target: mean time to the first token")

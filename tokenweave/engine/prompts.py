@@ -85,7 +85,9 @@ def accept_one(name: str, prompt: Any, params: SamplingParams, tokenizer: Any, l
 def tokenize(name: str, prompt: Any, tokenizer: Any) -> Sequence[int]:
     if isinstance(prompt, str):
         if tokenizer is None:
-            raise ValueError(f"{name} is text, but the model folder has no tokenizer; pass token ids")
+            raise ValueError(
+                f"{name} is text, but the model folder has no tokenizer; add one, or pass token ids (in Python)"
+            )
         if not prompt:
             raise ValueError(f"{name} is empty; expected at least one character; give it some text")
         return tokenizer.encode(prompt)

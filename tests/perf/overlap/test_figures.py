@@ -77,9 +77,11 @@ def test_a_control_is_compared_with_off_on_its_own_wire():
 
 
 @pytest.mark.parametrize(
-    ("weave", "fine"), [([10.0, 12.0, 11.0], True), ([12.9, 12.9, 12.9], True), ([14.0] * 3, False)]
+    ("weave", "fine"),
+    [([10.0, 12.0, 11.0], True), ([10.5, 11.9, 11.2], True), ([10.1, 12.1, 11.1], False), ([14.0] * 3, False)],
 )
 def test_never_slower_than_off_by_more_than_the_spread(weave, fine):
+    """Round by round, as a machine that changes its speed slows both."""
     assert figures.never_slower({"off": [10.0, 12.0, 11.0], "weave": weave}, "weave") is fine
 
 
