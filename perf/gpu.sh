@@ -5,9 +5,9 @@
 #   bash perf/gpu.sh [--output FOLDER] [--dry-run]
 #
 # In turn: tests (marker gpu) of the kernels and of the runtime; `tokenweave calibrate`; the runtime against transformers
-# and against what the GPU can do; the stand-in for TP=8 (its wire is simulated); the fused kernel's speed, and what GEMMs
-# lose to it; compute-sanitizer, where there is one. FOLDER (perf/results) receives fused-one-gpu-* and runtime-one-gpu-*,
-# each as .json and .md, with date, GPU, versions and commit.
+# and against what the GPU can do, and where a step's time goes by kernel; the stand-in for TP=8 (its wire is simulated);
+# the fused kernel's speed, and what GEMMs lose to it; compute-sanitizer, where there is one. FOLDER (perf/results)
+# receives fused-one-gpu-* and runtime-one-gpu-*, each as .json and .md, with date, GPU, versions and commit.
 #
 # Each part has a time limit, and all together have TOTAL_S (480 s): what does not fit any more is reported as skipped. A
 # part that fails does not keep the others from running. Exit code 0: all passed, no goal was missed; 1: not; 2: nothing ran.
@@ -87,7 +87,7 @@ else
     part "calibrate" 40 "$PYTHON" -m tokenweave.cli calibrate --no-progress
 fi
 for name in equality two_ranks; do runtime "$name" 50; done
-for name in prefill decode throughput predicted stand_in; do runtime "$name" 60; done
+for name in prefill decode kernels throughput predicted stand_in; do runtime "$name" 60; done
 if [[ -z $DRY ]]; then
     part "fused kernel: speed" 60 "$PYTHON" -m perf.fused_one_gpu --output "$OUTPUT" --only speed
     part "fused kernel: GEMMs" 45 "$PYTHON" -m perf.fused_one_gpu --output "$OUTPUT" --only gemms

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from perf import stand_in
 from perf.gpu import __main__ as command
-from perf.gpu import equality, rates, report, threads, throughput, two_ranks
+from perf.gpu import equality, kernels, rates, report, threads, throughput, two_ranks
 from perf.gpu.figure import Figure, spread
 from perf.gpu.model import config_folder, greedy, opened, share_weights, twin
 from perf.gpu.scale import FULL, TINY
@@ -198,3 +198,14 @@ def test_the_script_gives_up_what_no_time_is_left_for(tmp_path):
     assert done.returncode == 1
     assert "pass: tests, 2 s" in done.stdout
     assert "FAIL: runtime: decode: skipped, 6 s are over" in done.stdout
+
+
+def test_time_by_kernel_counts_what_two_streams_do_at_once_a_single_time():
+    ran = [
+        kernels.Ran("gemm", 0, 10),
+        kernels.Ran("sum", 4, 12),
+        kernels.Ran("norm", 15, 16),
+        kernels.Ran("gemm", 5, 6),
+    ]
+    assert kernels.busy_and_idle(ran) == (13, 3)
+    assert kernels.by_name(ran) == [("gemm", 11, 2), ("sum", 8, 1), ("norm", 1, 1)]
