@@ -1,14 +1,17 @@
-"""The host's waits for a device: bounded, and the communicator's report comes before the clock."""
+"""The host's waits: bounded, and of a device's the communicator's report comes before the clock."""
 
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+import threading
 import time
 
 import pytest
 
 from tokenweave.comm.group import PeerError
-from tokenweave.waiting import wait_until
+from tokenweave.waiting import wait_until, within
 
 
 def never() -> bool:
@@ -44,3 +47,39 @@ def test_a_report_says_more_than_the_clock(timeout_s):
 
     with pytest.raises(PeerError, match="rank 1 did not arrive"):
         wait_until(never, timeout_s, look, "a step")
+
+
+# -- calls of libraries -----------------------------------------------------------------------------------------------
+
+
+def test_a_call_that_comes_back_is_waited_for():
+    assert within(30.0, lambda: 3, "a call") == 3
+
+
+def test_a_call_that_raises_does():
+    with pytest.raises(ZeroDivisionError):
+        within(30.0, lambda: 1 / 0, "a call")
+
+
+def test_a_call_that_never_comes_back_is_an_error_that_says_what():
+    forever = threading.Event()
+    with pytest.raises(TimeoutError, match=r"^leaving NCCL did not end within 0\.05 s; a peer is stuck or gone$"):
+        within(0.05, forever.wait, "leaving NCCL")
+    forever.set()
+
+
+@pytest.mark.parametrize(("hangs", "code", "said"), [(False, 0, "called"), (True, 1, "Timeout (0:00:01)!")])
+def test_a_process_ends_whatever_is_done_at_its_end(hangs, code, said):
+    """Also where no thread can be started any more: from Python 3.12 on."""
+    script = f"""
+import atexit, threading
+from tokenweave.waiting import ending_within, within
+def end():
+    with ending_within(1.0):
+        within(600.0, threading.Event().wait if {hangs} else lambda: print("called"), "a call")
+atexit.register(end)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code
+    assert said in done.stdout + done.stderr
+    assert ("in end" in done.stderr) == hangs  # where it hangs

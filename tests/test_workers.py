@@ -100,7 +100,7 @@ def test_killed_between_calls(two):
     (victim,) = pids(two)
     os.kill(victim, signal.SIGKILL)
     wait_until_ended([victim])
-    with pytest.raises(ConnectionError, match=r"^rank 1 ended with exit code -9; its output is above$"):
+    with pytest.raises(ConnectionError, match=r"^rank 1 was ended by SIGKILL; its output, if any, is above$"):
         wait_until(lambda: False, END_S, two._runner.check, "a step")  # on CUDA, whose sums just never end
     check_lost(two, lambda: two.generate(HELLO))
 
@@ -156,12 +156,20 @@ def live(folder: str, broken: str) -> None:
         beside_another_group,
     ):
         life(folder)
-        assert traces() == before, (life.__name__, traces(), before)
+        check_traces(before, life.__name__)
     bad_model(broken)
-    assert traces() == before, ("bad_model", traces(), before)
+    check_traces(before, "bad_model")
     llm = open_two(folder)
     left_open(llm)
     print(*pids(llm))
+
+
+def check_traces(before: Any, life: str) -> None:
+    """A thread that was joined may still be among the system's for a moment."""
+    deadline_s = time.monotonic() + END_S
+    while (now := traces()) != before and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    assert now == before, (life, now, before)
 
 
 def left_open(llm: LLM) -> None:
@@ -204,7 +212,7 @@ def killed_in_an_open_stream(folder: str) -> None:
 
 def check_lost(llm: LLM, call: Any) -> None:
     start_s = time.monotonic()
-    with pytest.raises(PeerError, match=r"^another rank was lost: rank 1 ended with exit code -9; .*; make a new LLM$"):
+    with pytest.raises(PeerError, match=r"^another rank was lost: rank 1 was ended by SIGKILL; .*; make a new LLM$"):
         call()
     assert time.monotonic() - start_s < END_S  # and not the 600 s that a wait may take
     with pytest.raises(

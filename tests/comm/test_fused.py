@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,54 @@ def test_a_rank_that_stays_away_is_reported_and_reset_starts_again(ranks, folder
         # Whichever block gives up first.
         waited = r"rank 0, half 0, block \d: rank 1 did not arrive within 8 s \(expected epoch 7: 5 rows, "
         assert re.match(waited, text), text
+
+
+def told_to_give_up(folder: Path) -> list[str]:
+    """Rank 1 stays away from the second sum until rank 0's host has had it give up; afterwards both start again."""
+    communicator = open_twin("peer", folder, Layout(MAX_ROWS, HIDDEN, torch.float32), timeout_s=600.0)
+    case = Case((EMBED, Sum()), rows=5)
+    run_case(communicator, "fused", case)
+    first, second = requests(case, communicator.rank)
+    channel = communicator.open(5, 0, InlineLane(), "fused", {"attn": 2})
+    give_back(channel, first)
+    if communicator.rank == 0:
+        threading.Timer(0.3, communicator.abort, ("the call was given up",)).start()
+        give_back(channel, second)
+    dist.barrier()
+    give_back(channel, second)  # comes back at once
+    said = []
+    for attempt in (communicator.check, lambda: communicator.open(1, 0, None, "fused", {})):
+        with pytest.raises(PeerError) as caught:
+            attempt()
+        said.append(str(caught.value))
+    communicator.reset(dist.barrier)
+    results = run_case(communicator, "fused", case)
+    communicator.check()
+    check([[results]], [case], 2)
+    return said
+
+
+def test_a_rank_that_its_host_told_to_give_up_says_so_and_the_other_whom_to_look_at(ranks, folder):
+    (told, told_again), (heard, heard_again) = ranks(2).run(told_to_give_up, folder)
+    assert (told, heard) == (told_again, heard_again)
+    waited = r"rank 0, half 0, block \d: told by its host to give up on rank 1 \(expected epoch 7: 5 rows, 2 blocks, "
+    assert re.match(rf"{waited}seen epoch 6: .*\): the call was given up$", told), told
+    other = r"rank 1, half 0, block \d: rank 0 gave up, which was told to by its host; look at that rank's output"
+    assert re.fullmatch(other, heard), heard
+
+
+def test_nothing_is_opened_after_an_abort(ranks, folder):
+    assert ranks(2).run(open_after_abort, folder) == ["rank 0: it failed", "rank 1: it failed"]
+
+
+def open_after_abort(folder: Path) -> str:
+    """Nothing was in flight, so nothing is reported."""
+    communicator = open_twin("peer", folder, Layout(MAX_ROWS, HIDDEN, torch.float32))
+    communicator.abort("it failed")
+    communicator.check()
+    with pytest.raises(PeerError) as caught:
+        communicator.open(1, 0, InlineLane(), "fused", {})
+    return str(caught.value)
 
 
 @pytest.mark.parametrize(("world_size", "rows"), [(2, 7), (4, 3), (8, 1)])

@@ -1,24 +1,30 @@
 """Control messages, and failures that every rank gets to know."""
 
+import threading
 import time
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from tokenweave.comm import group
 from tokenweave.comm.group import (
-    INLINE_BYTES,
+    PIECE_BYTES,
     PeerError,
     Ranks,
     environment_world_size,
     has_workers,
     is_lost_peer,
     join,
+    room_after,
 )
 from tokenweave.models.shards import CheckpointError
 
 CPU = torch.device("cpu")
-SIZES = [0, 1, INLINE_BYTES - 100, *range(INLINE_BYTES - 20, INLINE_BYTES + 5), 1 << 20]
+LEAST, MOST = PIECE_BYTES
+AROUND = [size + off for size in (LEAST, 2 * LEAST, MOST) for off in range(-30, 5)]  # of what a first piece holds
+SIZES = [0, 1, LEAST - 100, *AROUND, 1 << 20, *AROUND[::-1], 0, MOST // 2 + 1, 5, 5]
 
 each_world = pytest.mark.parametrize("world_size", [1, 2, 4])
 
@@ -106,6 +112,33 @@ def waits_for_nothing() -> tuple[bool, str]:
     return False, "got a message"
 
 
+def left_nccl(stuck: bool) -> tuple[list[str], bool]:
+    """The groups that NCCL's ends were called for, and whether the default group's end would wait for NCCL again. A
+    stand-in for NCCL comes back, or does not."""
+    ranks = join(CPU, 60.0)
+    ranks.device = torch.device("cuda", 0)
+    forever, ended = threading.Event(), []
+
+    def end(comm: object) -> None:
+        ended.append("comm" if comm is kept[0] else "another")
+        if stuck:
+            forever.wait()
+        else:
+            dist.destroy_process_group(comm)
+
+    kept = [ranks.comm]
+    with (
+        mock.patch.object(dist.distributed_c10d, "_abort_process_group", end),
+        mock.patch.object(group, "NCCL_CLOSE_S", 0.3),
+    ):
+        ranks.abort()
+        ranks.abort()
+        ranks.leave()
+    listed = kept[0] in dist.distributed_c10d._world.pg_names
+    forever.set()
+    return ended, listed
+
+
 # -- what is expected of them -----------------------------------------------------------------------------------------
 
 
@@ -116,6 +149,15 @@ def on_ranks(ranks, world_size: int, function, *args) -> list:
 @each_world
 def test_messages_of_every_size_arrive_in_order(ranks, world_size):
     assert on_ranks(ranks, world_size, messages_arrive) == [SIZES] * world_size
+
+
+@pytest.mark.parametrize(
+    ("size", "room"),
+    [(9, LEAST), (LEAST, LEAST), (LEAST + 1, 2 * LEAST), (MOST, MOST), (MOST + 1, MOST), (10**9, MOST)],
+)
+def test_a_message_as_long_as_the_last_one_travels_in_one_piece(size, room):
+    """Unless that would be long: what follows may be short, and is filled up to it."""
+    assert room_after(size) == room
 
 
 @each_world
@@ -166,6 +208,12 @@ def test_a_world_of_one_makes_no_group():
     assert (ranks.rank, ranks.world_size, ranks.control, ranks.comm) == (0, 1, None, None)
     assert not dist.is_initialized()
     ranks.leave()
+
+
+@pytest.mark.parametrize("stuck", [False, True])
+def test_nccl_that_does_not_let_go_is_left_behind(ranks, stuck):
+    assert ranks(2).run(left_nccl, stuck) == [(["comm"], False)] * 2
+    assert ("leaving NCCL did not end within 0.3 s" in ranks(2).output(0)) == stuck
 
 
 def test_waits_are_bounded(ranks):

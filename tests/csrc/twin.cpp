@@ -17,7 +17,7 @@ using Fused = Shape<TOKENWEAVE_SHAPE>;
 constexpr int WORLD = Fused::WORLD, ROW = Fused::ROW_BYTES;
 
 struct Scenario {
-  int rows, residual_rows, channels, launches, dead_rank, dead_from, timeout_ms, absent_ms;
+  int rows, residual_rows, channels, launches, dead_rank, dead_from, timeout_ms, absent_ms, asked_rank, asked_ms;
   float eps, offset, post_eps, post_offset;
   std::vector<int> blocks;          // [launches, ranks]
   std::vector<int> claimed_rows;    // [WORLD]: what each rank takes for the row count
@@ -39,9 +39,10 @@ std::vector<T> read(std::FILE* file, std::size_t count) {
 Scenario read(const char* path) {
   std::FILE* file = std::fopen(path, "rb");
   Scenario s;
-  auto head = read<int>(file, 8);
+  auto head = read<int>(file, 10);
   s.rows = head[0], s.residual_rows = head[1], s.channels = head[2], s.launches = head[3];
   s.dead_rank = head[4], s.dead_from = head[5], s.timeout_ms = head[6], s.absent_ms = head[7];
+  s.asked_rank = head[8], s.asked_ms = head[9];
   auto norms = read<float>(file, 4);
   s.eps = norms[0], s.offset = norms[1], s.post_eps = norms[2], s.post_offset = norms[3];
   s.blocks = read<int>(file, s.launches * WORLD);
@@ -168,6 +169,10 @@ int run(const Scenario& s, const char* path) {
   for (int c = 0; c < s.channels; ++c)
     for (int r = 0; r < WORLD; ++r)
       players.emplace_back([&, c, r] { play(s, *channels[c], ranks, r, c, results[c * WORLD + r]); });
+  if (s.asked_rank >= 0) {  // as the host of that rank does, while its kernels wait
+    std::this_thread::sleep_for(std::chrono::milliseconds(s.asked_ms));
+    __atomic_store_n(&ranks[s.asked_rank]->report.asked, 1, __ATOMIC_RELEASE);
+  }
   for (auto& player : players) player.join();
 
   std::FILE* file = std::fopen(path, "wb");

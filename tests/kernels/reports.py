@@ -13,14 +13,25 @@ def of_dead_rank(scenario: Scenario, outcome: Outcome) -> str | None:
     )
 
 
-def misreports(scenario: Scenario, outcome: Outcome, epoch: int) -> str | None:
+def of_asked_rank(scenario: Scenario, outcome: Outcome) -> str | None:
+    """The same, where the host of `asked_rank` had it give up: it says so, and the others that it told them."""
+    teller, dead = scenario.asked_rank, scenario.dead_rank
+    for rank, report in enumerate(outcome.reports):
+        if rank not in (teller, dead) and (reason(report), report.seen) != ("aborted", 4 << 32 | teller << 16 | dead):
+            return f"rank {rank} reports {reason(report)}, {report.seen:#x}"
+    return misreports(scenario, outcome, 2 * scenario.dead_from + 1, "asked") or wrong_numbers(
+        scenario, outcome, scenario.dead_from
+    )
+
+
+def misreports(scenario: Scenario, outcome: Outcome, epoch: int, why: str = "timeout") -> str | None:
     """What is wrong with the others' reports of a dead rank, which was last seen in the epoch before `epoch`."""
     if outcome.returncode:
         return f"exit code {outcome.returncode}: {outcome.stderr[-2000:]}"
     others = [rank for rank in range(scenario.variant.world_size) if rank != scenario.dead_rank]
-    tellers = [rank for rank in others if reason(outcome.reports[rank]) == "timeout"]
+    tellers = [rank for rank in others if reason(outcome.reports[rank]) == why]
     if not tellers:
-        return "no rank reports a timeout"
+        return f"no rank reports that it gave up: {why}"
     for rank in others:
         if what := misreport(scenario, outcome.reports[rank], rank, tellers, epoch):
             return f"rank {rank} reports {what}"
@@ -36,7 +47,7 @@ def misreport(scenario: Scenario, report: Report, rank: int, tellers: list[int],
         return f"channel {report.channel}, block {report.block}"
     if reason(report) == "aborted":
         return None if report.told_by in tellers and report.told_by != rank else f"told by rank {report.told_by}"
-    if reason(report) != "timeout" or report.told_by != rank:
+    if rank not in tellers or report.told_by != rank:
         return f"{reason(report)}, told by rank {report.told_by}"
     if report.expected != signal(scenario, rank, epoch) or report.seen != signal(scenario, rank, epoch - 1):
         return f"{report.seen:#x}, expected {report.expected:#x}"

@@ -22,6 +22,7 @@ BF16, F32 = torch.bfloat16, torch.float32
 BLOCKS = [[2], [1], [2]]
 NORM = {"residual": True, "norm": True}
 GEMMA = {"residual": True, "bias": True, "post_norm": True, "norm": True}
+ASKED = {"asked_rank": 0, "asked_ms": 700, "timeout_ms": 60_000}  # its host asks rank 0 to give up
 MANY = [[2]] * 20  # launches: if each took a timeout of two seconds it would be more than such a run may take
 
 
@@ -74,9 +75,12 @@ RUNS = {
     # one rank stays away, from the first launch on or from a later one
     "dead": Run(lambda: small(MANY, dead_rank=2, timeout_ms=2000), reports.of_dead_rank, 30),
     "dead later": Run(lambda: small(MANY, dead_rank=0, dead_from=3, timeout_ms=2000), reports.of_dead_rank, 30),
+    # the same, and long before its time is over a host has its rank give up
+    "asked": Run(lambda: small(MANY, dead_rank=2, **ASKED), reports.of_asked_rank, 30),
+    "asked later": Run(lambda: small(MANY, dead_rank=2, dead_from=3, channels=2, **ASKED), reports.of_asked_rank, 30),
     # ranks that do not launch the same number of blocks, or rows: they find out at once
     "odd blocks": Run(lambda: small([[2, 2, 1, 2], [2]], timeout_ms=60_000), reports.of_mismatch, 30),
     "odd rows": Run(lambda: small([[2], [2]], claimed_rows=(9, 9, 9, 8), timeout_ms=60_000), reports.of_mismatch, 30),
 }
-for name in ("dead", "odd blocks"):  # for faults that would take as long as a run may
+for name in ("dead", "asked", "odd blocks"):  # for faults that would take as long as a run may
     RUNS[f"{name}, hurried"] = replace(RUNS[name], timeout_s=6)

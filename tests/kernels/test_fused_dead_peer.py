@@ -19,7 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return twin_folder(tmp_path_factory)
 
 
-@pytest.mark.parametrize("name", ["dead", "dead later", "odd blocks", "odd rows"])
+@pytest.mark.parametrize("name", ["dead", "dead later", "asked", "asked later", "odd blocks", "odd rows"])
 def test_the_others_say_who_stayed_away_and_every_later_launch_returns_at_once(name: str, folder: Path) -> None:
     assert problem(RUNS[name], folder) is None
 

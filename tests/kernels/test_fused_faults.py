@@ -63,7 +63,7 @@ def test_fault_is_seen(number: int, planted: list[Future[Path]], folder: Path, s
     pytest.fail(f"nobody sees that {fault.name}, in {ATTEMPTS} runs of {fault.scenario} with {fault.flags}")
 
 
-@pytest.mark.parametrize("name", ["impatient", "dead, hurried", "odd blocks, hurried"])
+@pytest.mark.parametrize("name", ["impatient", "dead, hurried", "asked, hurried", "odd blocks, hurried"])
 def test_nothing_is_seen_where_there_is_no_fault(name: str, folder: Path) -> None:
     assert problem(RUNS[name], folder) is None
 

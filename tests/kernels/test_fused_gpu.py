@@ -328,19 +328,45 @@ def test_a_dead_rank_is_reported_and_reset_starts_again():
     ranks = OnStreams(4, torch.float32, 0, timeout_s=1.0)
     ranks.warm_up(case)
     check([[each] for each in ranks.run(case)], [case], 4)
-    channels = ranks.open(case.rows)[:3]
-    for _ in range(MANY):
-        for rank, channel in enumerate(channels):
-            channel.residual = None
-            on_device(requests(case, rank)[0], channel.partial(case.rows)).submit(channel)
+    queue_without_rank_3(ranks, case, MANY)
     torch.cuda.synchronize()
     for rank, communicator in enumerate(ranks.communicators[:3]):
-        says = rf"rank {rank}, half 0, block \d+: rank (3 did not arrive within 1 s|\d gave up on rank 3)"
+        why = r"(3 did not arrive within 1 s|\d gave up, which waited for rank 3)"
+        says = rf"rank {rank}, half 0, block \d+: rank {why}"
         for attempt in (communicator.check, lambda: communicator.open(1, 0, InlineLane(), "fused", {})):  # noqa: B023
             with pytest.raises(PeerError, match=says):
                 attempt()
     told = [Report.from_buffer_copy(each.wiring.report.numpy().tobytes()) for each in ranks.communicators]
     assert any("did not arrive" in explain(report, 1.0) for report in told[:3])
+    start_again(ranks, case)
+
+
+def test_a_host_has_its_rank_give_up_and_reset_starts_again():
+    """Long before the time of the kernels is over, and while they run."""
+    case = Case((EMBED, Sum()), rows=13)
+    ranks = OnStreams(4, torch.float32, 0, timeout_s=600.0)
+    ranks.warm_up(case)
+    check([[each] for each in ranks.run(case)], [case], 4)
+    queue_without_rank_3(ranks, case, 20)  # no more than the driver queues: the host would wait
+    ranks.communicators[0].abort("the call was given up")
+    torch.cuda.synchronize()
+    with pytest.raises(PeerError, match=r"told by its host to give up on rank 3 .*: the call was given up$"):
+        ranks.communicators[0].check()
+    for communicator in ranks.communicators[1:3]:
+        with pytest.raises(PeerError, match=r": rank 0 gave up, which was told to by its host; look at"):
+            communicator.check()
+    start_again(ranks, case)
+
+
+def queue_without_rank_3(ranks: OnStreams, case: Case, launches: int) -> None:
+    channels = ranks.open(case.rows)[:3]
+    for _ in range(launches):
+        for rank, channel in enumerate(channels):
+            channel.residual = None
+            on_device(requests(case, rank)[0], channel.partial(case.rows)).submit(channel)
+
+
+def start_again(ranks: OnStreams, case: Case) -> None:
     for communicator in ranks.communicators:
         communicator.reset(torch.cuda.synchronize)
     check([[each] for each in ranks.run(case)], [case], 4)
@@ -445,4 +471,4 @@ def test_processes_on_one_gpu_report_a_dead_one(ranks: Callable[[int], Any]):
         assert len(said) == 2
         for text in said:
             assert text.startswith(f"rank {rank}, half 0, block ")
-            assert "rank 3 did not arrive within 4 s" in text or "gave up on rank 3" in text
+            assert "rank 3 did not arrive within 4 s" in text or "waited for rank 3" in text

@@ -16,7 +16,7 @@ import pytest
 from tests.kernels.scenarios import RUNS, problem
 from tests.kernels.twin import ADDRESS, THREAD, compile_twin, in_background, prefix, twin_folder
 
-NAMES = ("two_shot", "one_shot", "multimem", "post_norm", "listed", "channels")
+NAMES = ("two_shot", "one_shot", "multimem", "post_norm", "listed", "channels", "asked")
 TIMES = {THREAD: 3, ADDRESS: 2}  # each run has another order of events
 CASES = list(product(NAMES, TIMES))
 

@@ -122,6 +122,8 @@ class Scenario:
     dead_rank: int = -1
     dead_from: int = 0  # the launch at which the dead rank stays away
     absent_ms: int = 0  # how long it is late before
+    asked_rank: int = -1  # whose host asks its kernels to give up
+    asked_ms: int = 0  # so long after the start
     timeout_ms: int = 20_000
     seed: int = 0
 
@@ -151,6 +153,7 @@ class Scenario:
         one_shot = self.variant.sum == "one_shot"
         head = (self.rows, self.residual_rows, self.channels, self.launches)
         words = [*head, self.dead_rank, self.dead_from, self.timeout_ms, self.absent_ms]
+        words += [self.asked_rank, self.asked_ms]
         after = [*(b for each in self.blocks for b in each), *self.claimed_rows, *first]
         after += [0 if one_shot else owned.start for owned in self.owned]
         after += self.listed if self.listed is not None else range(self.rows)

@@ -63,7 +63,7 @@ def no_peer(facts: list[Facts], dtype: torch.dtype, hidden_size: int) -> str:
         return "there is one rank, and nothing to sum"
     for rank, each in enumerate(facts):
         if each.device != "cuda":
-            return f"rank {rank} computes on the {each.device.upper()}, and the fused kernel on CUDA"
+            return f"rank {rank} computes on the {each.device.upper()}, and the fused kernel needs CUDA"
         if each.missing:
             return f"rank {rank}: {each.missing}"
         if each.capability < (8, 0):
@@ -106,9 +106,9 @@ def dotted(capability: tuple[int, int]) -> str:
     return "{}.{}".format(*capability)
 
 
-def facts_of(device: torch.device) -> Facts:
-    """What this rank has."""
-    if device.type != "cuda":
+def facts_of(device: torch.device, alone: bool = False) -> Facts:
+    """What this rank has. alone: it is the only one and has nothing to vote on, so its GPU is not looked at."""
+    if device.type != "cuda" or alone:
         return Facts(socket.gethostname(), host_id(), device.type)
     properties = torch.cuda.get_device_properties(device)
     others = [index for index in range(torch.cuda.device_count()) if index != device.index]

@@ -185,3 +185,9 @@ class Communicator:
 
     def check(self) -> None:
         """Raises PeerError if a launch that is done gave up on a rank. Does not wait."""
+
+    def abort(self, why: str) -> None:
+        """Have every sum of this rank that waits for another give up, queued ones too; what gives up tells the others.
+        Does not wait and calls no driver, so any thread may, whatever the device is at. What gave up is reported by
+        `check`, with `why`, a sentence; nothing can be opened afterwards. Other sums end with their groups: see
+        Ranks.abort."""

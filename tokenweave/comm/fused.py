@@ -18,6 +18,7 @@ from tokenweave.comm.symmetric import HALVES, Layout, SymmetricMemory
 from tokenweave.comm.transport import Transport
 from tokenweave.kernels.fused import MAX_BLOCKS, REASONS, Geometry, Launch, Report, Variant
 from tokenweave.shard import shards
+from tokenweave.waiting import within
 
 HOP_US = 1.0  # what the second shot adds to the first: a store that must arrive before the exit barrier (NVLink)
 SM_BYTES_PER_US = 32_000  # what one SM moves: 64 KB in flight, about 2 us under load
@@ -39,7 +40,7 @@ class Wiring:
     rank: int
     layout: Layout
     memory: SymmetricMemory
-    report: Tensor  # uint8 [sizeof(Report)] in host memory that the device writes
+    report: Tensor  # uint8 [sizeof(Report)] in host memory that the device uses
     kernels: Kernels
     timeout_s: float
     one_shot_rows: int = 0  # `peer` sums so many rows in one shot, and more in two
@@ -193,24 +194,30 @@ class FusedCommunicator(Communicator):
         self.rank = wiring.rank
         self.wiring = wiring
         self.poison: PeerError | None = None
+        self.why = ""  # of `abort`
+        self._report = Report.from_address(wiring.report.data_ptr())
         self._fused = [FusedBuffers(half, wiring) for half in range(HALVES)]
         self._halves: list[Buffers] = [*self._fused]
 
     def open(self, rows: int, half: int, lane: Any, form: str, sms: Mapping[str, int]) -> Channel:
-        """Raises PeerError while poisoned."""
-        if self.poison is not None:
-            raise self.poison
+        """Raises PeerError while poisoned, and after `abort`."""
+        self.check()
+        if self.why:
+            raise PeerError(f"rank {self.rank}: {self.why}")
         if form == "reference":
             return super().open(rows, half, lane, form, sms)
         return FusedChannel(rows, half, self._fused[half], self.transport, lane, self.wiring, sms)
 
     def check(self) -> None:
         """Raises PeerError if a launch that is done gave up. Costs a look at host memory."""
-        report = Report.from_buffer_copy(self.wiring.report.numpy().tobytes())
-        if report.reason and self.poison is None:
-            self.poison = PeerError(explain(report, self.wiring.timeout_s))
+        if self._report.reason and self.poison is None:  # written last: the rest is there
+            self.poison = PeerError(explain(self._report, self.wiring.timeout_s, self.why))
         if self.poison is not None:
             raise self.poison
+
+    def abort(self, why: str) -> None:
+        self.why = self.why or why
+        self._report.asked = 1
 
     def reset(self, meet: Callable[[], Any]) -> None:
         """Collective: start again after a report. meet: comes back once every rank has called it."""
@@ -220,20 +227,26 @@ class FusedCommunicator(Communicator):
             part.zero_()
         self.wiring.report.zero_()
         self._wait_for_launches()
-        self.poison = None
+        self.poison, self.why = None, ""
         meet()  # everybody's signals are zero
 
     def _wait_for_launches(self) -> None:
-        if self.wiring.memory.local.is_cuda:
-            torch.cuda.synchronize(self.wiring.memory.local.device)
+        device = self.wiring.memory.local.device
+        if device.type == "cuda":
+            within(2 * self.wiring.timeout_s, lambda: torch.cuda.synchronize(device), "this rank's GPU")
 
 
-def explain(report: Report, timeout_s: float) -> str:
+def explain(report: Report, timeout_s: float, why: str = "") -> str:
+    """What a rank reports, in words. why: this rank's host had its sums give up."""
     reason = REASONS.get(report.reason, f"reason {report.reason}")
     where = f"rank {report.rank}, half {report.channel}, block {report.block}"
     if reason == "aborted":
-        return f"{where}: rank {report.told_by} gave up on rank {report.peer}; look at that rank's output"
+        asked = REASONS.get(report.seen >> 32) == "asked"
+        said = "was told to by its host" if asked else f"waited for rank {report.peer}"
+        return f"{where}: rank {report.told_by} gave up, which {said}; look at that rank's output"
     expected, seen = epoch_and_tag(report.expected), epoch_and_tag(report.seen)
+    if reason == "asked":
+        return f"{where}: told by its host to give up on rank {report.peer} (expected {expected}, seen {seen}): {why}"
     if reason == "mismatch":
         return f"{where}: rank {report.peer} launched a sum of {seen}, this rank one of {expected}; report this"
     return (
@@ -265,5 +278,5 @@ def one_shot_rows(world_size: int, row_bytes: int, sms: int = 8) -> int:
 
 
 def report_memory(device: torch.device) -> Tensor:
-    """uint8 [sizeof(Report)], zero: host memory that the device can write."""
+    """uint8 [sizeof(Report)], zero: host memory that the device can use."""
     return torch.zeros(ctypes.sizeof(Report), dtype=torch.uint8, pin_memory=device.type == "cuda")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import functools
+import logging
 import os
 import pickle
 import socket
@@ -17,8 +19,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-INLINE_BYTES = 4096  # a control message up to this size travels in one piece
+from tokenweave.waiting import EXIT_S, ending_within, within
+
+log = logging.getLogger(__name__)
+SIZE_BYTES = 8  # of a control message's size, which comes before it
+PIECE_BYTES = (4096, 65536)  # the least and the most of a control message that travel in its first piece
 BUSY_S = 1.0  # between two words of a busy rank
+NCCL_CLOSE_S = 10.0
 SHARED = "every rank raises this"  # in the notes of an error that all ranks know of
 WORKERS = "tokenweave workers"  # what the default group is called that an LLM makes with the ranks that it started
 
@@ -42,34 +49,34 @@ class Ranks:
     control: Any
     comm: Any
     watch: Callable[[], None] | None = None  # raises where a rank is known to have ended; does not wait
+    _room: int = PIECE_BYTES[0]  # of the next control message's first piece; sender and receiver see it change alike
 
     def send(self, message: Any) -> None:
         """Rank 0: hand one picklable message to every other rank, in order."""
         if self.world_size == 1:
             return
         payload = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
-        head = torch.zeros(8 + INLINE_BYTES, dtype=torch.uint8)
-        head[:8] = torch.tensor([len(payload)]).view(torch.uint8)
-        data = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-        inline = data[:INLINE_BYTES]
-        head[8 : 8 + len(inline)] = inline
-        pieces = [head] if len(payload) <= INLINE_BYTES else [head, data[INLINE_BYTES:]]
+        sized = len(payload).to_bytes(SIZE_BYTES, "little") + payload
+        pieces = [sized[: self._room].ljust(self._room, b"\0"), sized[self._room :]]
+        tensors = [torch.frombuffer(bytearray(piece), dtype=torch.uint8) for piece in pieces if piece]
         peers = range(1, self.world_size)
-        for work in [dist.isend(piece, peer, group=self.control) for piece in pieces for peer in peers]:
-            assert work is not None  # only ranks outside the group get none
+        for work in [self.control.send([tensor], peer, 0) for tensor in tensors for peer in peers]:
             work.wait()
+        self._room = room_after(len(sized))
 
     def receive(self) -> Any:
         """Every other rank: the next message of rank 0; raises after `timeout_s`, or when rank 0 is gone."""
-        head = torch.empty(8 + INLINE_BYTES, dtype=torch.uint8)
-        dist.recv(head, 0, group=self.control)
-        size = int(head[:8].view(torch.int64))
-        data = head[8 : 8 + min(size, INLINE_BYTES)]
-        if size > INLINE_BYTES:
-            rest = torch.empty(size - INLINE_BYTES, dtype=torch.uint8)
-            dist.recv(rest, 0, group=self.control)
-            data = torch.cat([data, rest])
-        return pickle.loads(data.numpy().tobytes())
+        sized = self._received(self._room)
+        size = SIZE_BYTES + int.from_bytes(sized[:SIZE_BYTES], "little")
+        if size > self._room:
+            sized += self._received(size - self._room)
+        self._room = room_after(size)
+        return pickle.loads(memoryview(sized)[SIZE_BYTES:])
+
+    def _received(self, size: int) -> bytes:
+        piece = torch.empty(size, dtype=torch.uint8)
+        self.control.recv([piece], 0, 0).wait()
+        return piece.numpy().tobytes()
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's picklable value, on every rank, in rank order."""
@@ -108,16 +115,39 @@ class Ranks:
             if work is not None:
                 work.result()
 
+    def abort(self) -> None:
+        """Have NCCL's collectives give up, which may never end for want of a rank: its watchdog does not see those of a
+        CUDA graph. Waits NCCL_CLOSE_S at most; `comm` is gone afterwards. gloo's end after `timeout_s`."""
+        self._end_nccl(dist.distributed_c10d._abort_process_group)
+
     def leave(self) -> None:
         """Free this object's process groups (not the default group, which others may use).
 
         They are forgotten as well: gloo ends a group's connections, by which the other ranks see that this one has
         left, with the last reference to it. Whoever else holds them must let go, too (Transport.close).
         """
+        self._end_nccl(dist.destroy_process_group)
         for group in (self.comm, self.control):
             if group is not None:
                 dist.destroy_process_group(group)
         del self.comm, self.control
+
+    def _end_nccl(self, end: Callable[[Any], None]) -> None:
+        """Either way out of NCCL waits for what is queued, and for the other ranks of this host."""
+        if self.comm is None or self.device.type != "cuda":
+            return
+        comm, self.comm = self.comm, None
+        try:
+            within(NCCL_CLOSE_S, functools.partial(end, comm), "leaving NCCL")
+        except (TimeoutError, RuntimeError) as error:
+            log.warning("%s", error)  # and not raised: whoever closes has other things to close
+            dist.distributed_c10d._world.pg_names.pop(comm, None)  # or leaving the default group waits for it again
+
+
+def room_after(size: int) -> int:
+    """Bytes of a message's first piece, when the one before it had `size`: most steps are as long as the last one."""
+    least, most = PIECE_BYTES
+    return min(max(least, 1 << (size - 1).bit_length()), most)
 
 
 def as_peers_see_it(error: Exception, rank: int, task: str) -> Exception:
@@ -176,7 +206,26 @@ def join(device: torch.device, timeout_s: float, meeting: Rendezvous | None = No
     # host's, which says what it waits for (Runner.fetch: twice this timeout).
     backend, bound = ("nccl", 3 * timeout) if device.type == "cuda" else ("gloo", timeout)
     comm = dist.new_group(backend=backend, timeout=bound)
-    return Ranks(dist.get_rank(), dist.get_world_size(), device, timeout_s, control, comm)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), device, timeout_s, control, comm)
+    if device.type == "cuda":
+        start_nccl(ranks)
+    return ranks
+
+
+def start_nccl(ranks: Ranks) -> None:
+    """Collective. Raises TimeoutError where a rank stays away."""
+    try:
+        within(ranks.timeout_s, functools.partial(first_sum, ranks.comm, ranks.device), "NCCL's start")
+    except BaseException:
+        ranks.abort()
+        ranks.leave()
+        raise
+
+
+def first_sum(comm: Any, device: torch.device) -> None:
+    """NCCL connects at its first collective, where it waits for every rank without a bound."""
+    with torch.cuda.device(device):
+        dist.all_reduce(torch.zeros(1, device=device), group=comm)
 
 
 def agree_on_device(device: torch.device, control: Any) -> None:
@@ -202,7 +251,7 @@ def enter_default_group(timeout: timedelta, meeting: Rendezvous | None) -> None:
         assert dist.group.WORLD is not None
         dist.group.WORLD._set_group_desc(WORKERS)
         sys.excepthook = excepthook  # torch's puts a rank before each line of a traceback, once more for every group
-    atexit.register(leave_default_group)  # a process that ends with the group alive aborts
+    atexit.register(leave_at_exit)  # a process that ends with the group alive aborts
 
 
 def stay_on_loopback() -> None:
@@ -216,3 +265,8 @@ def stay_on_loopback() -> None:
 def leave_default_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave_at_exit() -> None:
+    with ending_within(EXIT_S):
+        leave_default_group()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenweave.comm.group import Ranks
 from tokenweave.kernels.fused import Abort, Pad
+from tokenweave.waiting import within
 
 HALVES = 2
 ALIGNMENT_BYTES = 4096
@@ -83,10 +85,15 @@ def allocate(size_bytes: int, device: torch.device) -> Tensor:
 
 
 def exchange(local: Tensor, ranks: Ranks) -> SymmetricMemory:
-    """Collective: the addresses of every rank's part, all of one size. Raises RuntimeError where torch cannot."""
+    """Collective: the addresses of every rank's part, all of one size. Raises RuntimeError where torch cannot, and
+    TimeoutError where a rank stays away: they send each other file descriptors, and torch waits for those for ever."""
     from torch.distributed import _symmetric_memory as symmetric
 
-    handle = symmetric.rendezvous(local, ranks.control.group_name)
+    def meet() -> Any:
+        with torch.cuda.device(local.device):
+            return symmetric.rendezvous(local, ranks.control.group_name)
+
+    handle = within(ranks.timeout_s, meet, "exchanging the addresses of symmetric memory")
     offset = int(getattr(handle, "offset", 0))
     if offset:
         raise RuntimeError(f"symmetric memory starts at byte {offset} of its allocation, expected 0; report this")

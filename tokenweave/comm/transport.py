@@ -11,6 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 warns of the names that 2.11 and 2.12 have alone.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 PIECE_BYTES = 64 << 10  # a rank's rows go in two pieces from twice this on: a smaller message costs more than it hides
 
 Finish = Callable[[range], None]  # what is done with this rank's rows of a sum, counted from its first one
@@ -209,7 +213,7 @@ class CollectiveTransport(Transport):
             return 0
         padded = partial if even(owners) else self._padded(partial, owners, most)
         mine = self.scratch("mine", partial, most, partial.shape[1])
-        dist.reduce_scatter_tensor(mine, padded, group=self.group)
+        reduce_scatter(mine, padded, group=self.group)
         out.copy_(mine[: len(owners[self.rank])])
         return mine.nbytes * (self.world_size - 1)
 
@@ -219,12 +223,12 @@ class CollectiveTransport(Transport):
             return 0
         if even(owners):
             mine = rows[own.start : own.stop]
-            dist.all_gather_into_tensor(rows, mine, group=self.group)
+            all_gather(rows, mine, group=self.group)
             return mine.nbytes * (self.world_size - 1)
         mine = self.scratch("mine", rows, most, rows.shape[1])
         mine[: len(own)] = rows[own.start : own.stop]
         gathered = self.scratch("all", rows, self.world_size * most, rows.shape[1])
-        dist.all_gather_into_tensor(gathered, mine, group=self.group)
+        all_gather(gathered, mine, group=self.group)
         for rank, owned in enumerate(owners):
             rows[owned.start : owned.stop] = gathered[rank * most : rank * most + len(owned)]
         return mine.nbytes * (self.world_size - 1)
@@ -236,7 +240,7 @@ class CollectiveTransport(Transport):
         padded = self.scratch("mine", part, part.shape[0], most)
         padded[:, : part.shape[1]] = part
         gathered = self.scratch("all", part, self.world_size, part.shape[0], most)
-        dist.all_gather_into_tensor(gathered.view(-1, most), padded, group=self.group)
+        all_gather(gathered.view(-1, most), padded, group=self.group)
         for rank, out in enumerate(outs):
             out.copy_(gathered[rank, :, : out.shape[1]])
         return padded.nbytes * (self.world_size - 1)

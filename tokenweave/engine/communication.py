@@ -15,6 +15,7 @@ from tokenweave.comm.symmetric import Layout, SymmetricMemory, allocate, exchang
 from tokenweave.comm.transport import CollectiveTransport, GlooTransport, LocalTransport, Transport
 from tokenweave.config import EngineConfig
 from tokenweave.kernels.fused import shared_bytes_of
+from tokenweave.waiting import within
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def open_communicator(
 ) -> Communicator:
     """What the group has voted for, or been told. Collective. Raises ValueError for a `comm` that cannot be."""
     with ranks.together("looking at this rank's device"):
-        mine = facts_of(ranks.device)
+        mine = facts_of(ranks.device, alone=ranks.world_size == 1)
     facts = ranks.gather(mine)
     choice = choose(config.comm, facts, dtype, hidden_size)
     communicator: Communicator | None = None
@@ -81,7 +82,7 @@ def wire(implementation: str, facts: list[Facts], ranks: Ranks, layout: Layout, 
 
     for part in layout.signals(memory.local):
         part.zero_()
-    torch.cuda.synchronize(ranks.device)
+    within(ranks.timeout_s, lambda: torch.cuda.synchronize(ranks.device), "this rank's GPU")
     launcher = Launcher(ranks.device, ranks.together, min(shared_bytes_of(each.capability) for each in facts))
     report = report_memory(ranks.device)
     few = one_shot_rows(ranks.world_size, layout.hidden_size * layout.dtype.itemsize)

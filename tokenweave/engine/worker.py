@@ -25,15 +25,15 @@ def main() -> int:
     try:
         rank = open_rank(config, meeting)
     except Exception as error:
-        if not is_shared(error):
+        if not (is_shared(error) or is_lost_peer(error)):
             traceback.print_exc()
-        return 1  # what is shared, rank 0 raises
+        return 1  # what is shared, rank 0 raises, and says who was lost
     try:
         serve(rank)
     except Exception as error:
-        if not is_lost_peer(error):
+        if not is_lost_peer(error):  # its own output says so, or rank 0
             traceback.print_exc()
-        return 1  # that a peer is lost, its own output or rank 0 says
+        os._exit(1)  # at once: its GPU may have sums queued that never end, for which all that frees memory waits
     return 0
 
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import pickle
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -60,17 +61,22 @@ class Workers:
         while all(process.poll() is None for process in self.processes) and time.monotonic() < deadline_s:
             time.sleep(0.02)
         codes = {rank: process.poll() for rank, process in enumerate(self.processes, start=1)}
-        gone = [f"rank {rank} ended with exit code {code}" for rank, code in codes.items() if code is not None]
-        return f"{', '.join(gone) or 'a rank does not answer'}; its output is above"
+        gone = [f"rank {rank} {how_ended(code)}" for rank, code in codes.items() if code is not None]
+        return f"{', '.join(gone) or 'a rank does not answer'}; its output, if any, is above"
 
-    def stop(self, force: bool = False) -> None:
-        """End every worker: one that waits for a call by the end of its input, one in mid-step (force) by a signal."""
+    def dismiss(self) -> None:
+        """Tell every worker that no call will come, by the end of its input. It then closes, which NCCL waits for where
+        this rank does."""
         for process in self.processes:
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
-            if force:
-                process.terminate()
+
+    def stop(self, force: bool = False) -> None:
+        """End every worker: one that waits for a call is dismissed, one in mid-step (force) gets a signal."""
+        self.dismiss()
+        for process in self.processes if force else ():
+            process.terminate()
         deadline_s = time.monotonic() + STOP_TIMEOUT_S
         for process in self.processes:
             try:
@@ -114,6 +120,11 @@ class Workers:
             if not (readable and pipe.read(1)):
                 why = "ended at once" if readable else f"was not ready after {START_TIMEOUT_S:g} s"
                 raise RuntimeError(f"the process of rank {rank} {why}; its output is above")
+
+
+def how_ended(code: int) -> str:
+    """code: as subprocess gives it, below zero for a signal."""
+    return f"ended with exit code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
 
 
 def start_workers(config: EngineConfig) -> Workers | None:

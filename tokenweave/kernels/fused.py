@@ -217,16 +217,16 @@ class Pad(ctypes.Structure):
 
 
 class Abort(ctypes.Structure):
-    _fields_ = (("raised", ctypes.c_uint64 * MAX_RANKS), ("claimed", ctypes.c_uint64))
+    _fields_ = (("raised", ctypes.c_uint64), ("claimed", ctypes.c_uint64))
 
 
-REASONS = {1: "timeout", 2: "mismatch", 3: "aborted"}
+REASONS = {1: "timeout", 2: "mismatch", 3: "aborted", 4: "asked"}
 
 
 class Report(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_uint64)
-        for name in ("rank", "peer", "channel", "block", "expected", "seen", "told_by", "reason")
+        for name in ("rank", "peer", "channel", "block", "expected", "seen", "told_by", "reason", "asked")
     )
 
 
