@@ -146,6 +146,27 @@ def test_with_steps_launched_ahead(options, ranks, checkpoint, alone):
     assert (first.preemptions > 0) == ("num_kv_blocks" in options)
 
 
+PENALTIES = [
+    {"repetition_penalty": 1.5},
+    {"presence_penalty": 1.0, "n": 2},
+    {"frequency_penalty": 0.7, "min_tokens": 3},
+    {"repetition_penalty": 0.8, "presence_penalty": -0.5, "frequency_penalty": 0.3, "max_tokens": 4},
+]
+
+
+def test_penalties_where_texts_come_and_go(ranks, checkpoint):
+    """Ranks keep the tokens that penalties count: of texts that pause, and of others in the place of ended ones."""
+    prompts = prompt_batch(13, (5, 30, 2, 17, 9, 3, 21, 12))
+    shared = {"temperature": 0.8, "seed": 3, "max_tokens": 12}
+    params = [SamplingParams(**(shared | one)) for one in PENALTIES * 2]
+    calls = [([prompt], [one]) for prompt, one in zip(prompts, params, strict=True)]
+    each = made(ranks, 1, checkpoint("llama"), *calls, overlap="off", enable_prefix_caching=False)
+    options = {"num_kv_blocks": 12, "block_size": 4, "max_num_seqs": 4, "async_scheduling": True}
+    first, again = made(ranks, 2, checkpoint("llama"), (prompts, params), (prompts, params), **options)
+    assert first.preemptions > 0
+    assert first.tokens == again.tokens == [one.tokens[0] for one in each]
+
+
 def shortest(sequences: Sequence[Any]) -> Any:
     return min(sequences, key=lambda sequence: len(sequence.tokens))
 

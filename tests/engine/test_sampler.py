@@ -15,11 +15,14 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from tokenweave.engine import truncation
-from tokenweave.engine.penalties import penalise
+from tokenweave.engine import penalties
+from tokenweave.engine.drawing import drawing_arrays
+from tokenweave.engine.histories import Histories, history_arrays
+from tokenweave.engine.penalties import penalise, penalty_arrays
 from tokenweave.engine.random import request_key
-from tokenweave.engine.sampler import GREEDY, SamplingRow, sample, sampling_row
+from tokenweave.engine.sampler import GREEDY, History, SamplingRow, sample, sampling_row, told_by
 from tokenweave.engine.truncation import truncate
+from tokenweave.engine.upload import upload
 from tokenweave.sampling_params import SamplingParams
 
 FILTERS = [
@@ -57,19 +60,39 @@ def reference_scores(logits: torch.Tensor, row: SamplingRow) -> torch.Tensor:
 
 def kept(logits: torch.Tensor, rows: list[SamplingRow]) -> torch.Tensor:
     """bool [R, V]: the tokens that the sampler may draw."""
-    scores = (logits - logits.amax(-1, keepdim=True)) / torch.tensor([[row.temperature] for row in rows])
-    truncate(scores, rows)
+    on = upload(drawing_arrays(rows, logits.shape[1]), logits.device)
+    scores = (logits - logits.amax(-1, keepdim=True)) * on["floats"][:, :1]
+    truncate(scores, rows, on["integers"][:, 2], on["floats"][:, 1], on["floats"][:, 2])
     return scores.isfinite()
+
+
+def said(*output: int, prompt: tuple[int, ...] = (), late: int | None = None) -> History:
+    """All that there is to say of prompt and output."""
+    return History(0, 0, (*prompt, *output), late, len(prompt))
+
+
+def alone(rows: list[SamplingRow]) -> list[SamplingRow]:
+    """Each with a slot of its own."""
+    return [replace(row, history=row.history and replace(row.history, slot=i)) for i, row in enumerate(rows)]
+
+
+def penalised(logits: torch.Tensor, rows: list[SamplingRow]) -> torch.Tensor:
+    """Scores of the rows, each with all its history."""
+    scores, histories, told = logits.clone(), Histories(logits.device), told_by(alone(rows))
+    on = upload(penalty_arrays(rows) | history_arrays(told), logits.device)
+    histories.take_in(told, on, None)
+    penalise(scores, histories, on["histories"], on["penalties"], max(one.length for one in told))
+    return scores
 
 
 def mixed_rows() -> list[SamplingRow]:
     """Rows of every kind: greedy, filtered, penalised, suppressed, with log-probabilities."""
     rows = [SamplingRow(key=request_key(0, i, 0), position=10 + i, **kwargs) for i, kwargs in enumerate(FILTERS)]
-    ids = {"prompt_token_ids": (1, 2, 2, 3), "output_token_ids": (4, 4, 5)}
-    rows += [replace(row, repetition_penalty=1.3, frequency_penalty=0.5, **ids) for row in rows[:6]]
+    history = said(4, 4, 5, prompt=(1, 2, 2, 3))
+    rows += [replace(row, repetition_penalty=1.3, frequency_penalty=0.5, history=history) for row in rows[:6]]
     rows += [GREEDY, GREEDY, SamplingRow(logprobs=3), SamplingRow(suppressed_token_ids=(0, 7))]
-    rows += [SamplingRow(presence_penalty=1.0, output_token_ids=(8, 9, 9)), replace(rows[3], logprobs=5)]
-    return rows
+    rows += [SamplingRow(presence_penalty=1.0, history=said(8, 9, 9)), replace(rows[3], logprobs=5)]
+    return alone(rows)
 
 
 # --- greedy ----------------------------------------------------------------------------------------------------------
@@ -83,6 +106,18 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+class Uploads(TorchDispatchMode):
+    """Counts what goes from the CPU to another device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            self.count += args[0].device.type == "cpu" != result.device.type
+        return result
 
 
 def test_a_greedy_batch_is_one_argmax_and_nothing_else():
@@ -143,30 +178,19 @@ def test_the_kept_set_is_that_of_transformers(vocabulary, scale):
         assert torch.equal(mask, reference_scores(row_logits[None], row)[0].isfinite()), row
 
 
-def test_the_guess_of_the_nucleus_does_not_show(monkeypatch):
-    logits = normal(len(FILTERS), 3000, seed=4, scale=0.5)
-    rows = [SamplingRow(**kwargs) for kwargs in FILTERS]
-    masks = []
-    for guess in (1, 64, 3000):
-        monkeypatch.setattr(truncation, "NUCLEUS_GUESS", guess)
-        masks.append(kept(logits, rows))
-    assert torch.equal(masks[0], masks[2])
-    assert torch.equal(masks[1], masks[2])
-
-
-@pytest.mark.parametrize(("scale", "sorts"), [(8.0, ["topk"]), (0.01, ["topk", "sort"])])
-def test_only_a_nucleus_larger_than_the_guess_costs_a_full_sort(scale, sorts):
-    rows = [SamplingRow(temperature=1, top_p=0.9), SamplingRow(temperature=1, top_k=20)]
+def test_nothing_is_sorted():
+    """A vocabulary is too large for it."""
     with Operators() as operators:
-        sample(normal(2, 5000, scale=scale), rows)
-    assert [name.split(".")[1] for name in operators.names if name.split(".")[1] in ("topk", "sort")] == sorts
-
-
-@pytest.mark.parametrize("kwargs", [{}, {"min_p": 0.1}], ids=str)
-def test_rows_without_top_k_and_top_p_cost_no_sort(kwargs):
-    with Operators() as operators:
-        sample(normal(2, 5000), [SamplingRow(temperature=1, **kwargs), GREEDY])
+        sample(normal(len(FILTERS), 5000), [SamplingRow(**kwargs) for kwargs in FILTERS])
     assert not {"aten.topk.default", "aten.sort.default"} & set(operators.names)
+
+
+def test_what_a_step_uploads_goes_in_one_copy():
+    """Rows of every kind; filters are in a kernel where there is anything to upload."""
+    rows = [replace(row, top_k=0, top_p=1.0) for row in mixed_rows()]
+    with Uploads() as uploads:
+        sample(torch.empty(len(rows), 100, device="meta"), rows)
+    assert uploads.count == 1
 
 
 def test_tokens_that_tie_with_the_last_kept_are_kept_in_any_batch():
@@ -174,6 +198,13 @@ def test_tokens_that_tie_with_the_last_kept_are_kept_in_any_batch():
     row, wide = SamplingRow(temperature=1, top_k=2), SamplingRow(temperature=1, top_p=0.999)
     assert kept(logits, [row]).tolist() == [[True, True, True, True, False]]
     assert kept(logits.expand(2, -1), [row, wide])[0].tolist() == [True, True, True, True, False]
+
+
+@pytest.mark.parametrize(("top_p", "count"), [(0.25, 1), (0.55, 1), (0.6, 11)])
+def test_of_tokens_that_tie_top_p_counts_as_many_as_top_k_has_room_for(top_p, count):
+    """Of three tokens the first has 1 / (1 + 2 / e) = 0.58 of the mass; nine more tie with the third."""
+    logits = torch.tensor([[0.0] + [-1.0] * 10])
+    assert kept(logits, [SamplingRow(temperature=1, top_k=3, top_p=top_p)]).sum() == count
 
 
 @pytest.mark.parametrize("temperature", [1e-5, 1e-3])
@@ -190,9 +221,10 @@ def test_a_huge_temperature_is_uniform():
     assert (counts - 500).abs().max() < 6 * math.sqrt(500)
 
 
-def test_logits_of_minus_infinity_are_never_drawn():
+@pytest.mark.parametrize("kwargs", [{"temperature": 1e6, "top_p": 0.99}, {"temperature": 1e300}], ids=str)
+def test_logits_of_minus_infinity_are_never_drawn(kwargs):
     logits = torch.zeros(1, 6).index_fill_(1, torch.tensor([0, 4]), -math.inf)
-    rows = [SamplingRow(temperature=1e6, top_p=0.99, position=i) for i in range(500)]
+    rows = [SamplingRow(**kwargs, position=i) for i in range(500)]
     assert set(sample(logits.expand(500, -1), rows).token_ids.tolist()) == {1, 2, 3, 5}
 
 
@@ -289,38 +321,44 @@ def test_repetition_penalty_is_that_of_transformers():
     logits = normal(3, 50)
     prompts, outputs = [(1, 1, 2), (3,), ()], [(4, 1), (), (49, 0, 49)]
     rows = [
-        SamplingRow(repetition_penalty=penalty, prompt_token_ids=prompt, output_token_ids=output)
+        SamplingRow(repetition_penalty=penalty, history=said(*output, prompt=prompt))
         for penalty, prompt, output in zip((1.5, 0.7, 3.0), prompts, outputs, strict=True)
     ]
-    scores = logits.clone()
-    penalise(scores, rows)
-    for row, before, after in zip(rows, logits, scores, strict=True):
+    for row, before, after in zip(rows, logits, penalised(logits, rows), strict=True):
         processor = RepetitionPenaltyLogitsProcessor(row.repetition_penalty)
-        ids = torch.tensor([row.prompt_token_ids + row.output_token_ids])
+        ids = torch.tensor([row.history.token_ids])
         torch.testing.assert_close(after, processor(ids, before[None].clone())[0])
 
 
-def test_presence_and_frequency_count_the_output_only():
+def test_presence_and_frequency_count_the_output_only(monkeypatch):
     rows = [
-        SamplingRow(presence_penalty=0.5, frequency_penalty=0.25, prompt_token_ids=(1, 2), output_token_ids=(2, 3, 3)),
+        SamplingRow(presence_penalty=0.5, frequency_penalty=0.25, history=said(2, 3, 3, prompt=(1, 2))),
         GREEDY,
-        SamplingRow(frequency_penalty=-1.0, output_token_ids=(0,) * 10),
+        SamplingRow(frequency_penalty=-1.0, history=said(*(0,) * 10)),
+        SamplingRow(frequency_penalty=1.0, presence_penalty=1.0),
     ]
-    logits = normal(3, 6)
-    scores, expected = logits.clone(), logits.clone()
-    penalise(scores, rows)
-    for row, values in zip(rows, expected, strict=True):
-        for token, count in Counter(row.output_token_ids).items():
+    logits = normal(4, 6)
+    scores, expected = penalised(logits, rows), logits.clone()
+    monkeypatch.setattr(penalties, "MOST_TOKENS", 20)
+    assert scores.equal(penalised(logits, rows))  # two rows at a time
+    for row, values, history in zip(rows, expected, told_by(rows), strict=True):
+        for token, count in Counter(history.token_ids[history.prompt_len :]).items():
             values[token] -= row.presence_penalty + count * row.frequency_penalty
     torch.testing.assert_close(scores, expected)
 
 
 def test_penalties_come_before_temperature_and_change_greedy_rows_too():
     logits = torch.tensor([[3.0, 2.9, 0.0]])
-    assert sample(logits, [SamplingRow(presence_penalty=0.5, output_token_ids=(0,))]).token_ids.item() == 1
+    assert sample(logits, [SamplingRow(presence_penalty=0.5, history=said(0))]).token_ids.item() == 1
     # Scaled first, the penalty would be a tenth of the gap between the two.
-    row = SamplingRow(temperature=0.01, presence_penalty=0.5, output_token_ids=(0,), key=4)
+    row = SamplingRow(temperature=0.01, presence_penalty=0.5, history=said(0), key=4)
     assert sample(logits, [row]).token_ids.item() == 1
+
+
+def test_where_nothing_was_said_nothing_is_penalised():
+    logits = normal(2, 10)
+    scores = penalised(logits, [SamplingRow(repetition_penalty=2.0, history=history) for history in (None, said(3))])
+    assert (scores != logits).nonzero().tolist() == [[1, 3]]
 
 
 def test_suppressed_tokens_are_never_drawn():
@@ -333,28 +371,35 @@ def test_suppressed_tokens_are_never_drawn():
     assert token_ids[-1] == 0
 
 
+def test_end_tokens_that_the_model_does_not_have_suppress_no_other():
+    """A tokenizer may have more tokens than its model."""
+    logits = torch.tensor([[1.0, 2.0, 3.0], [9.0, 1.0, 2.0]])
+    assert sample(logits, [SamplingRow(suppressed_token_ids=(2, 3)), GREEDY]).token_ids.tolist() == [1, 0]
+    row = SamplingRow(suppressed_token_ids=(3, 7))
+    assert sample(logits, [row, replace(row, temperature=1e-4)]).token_ids.tolist() == [2, 0]
+
+
 def test_top_k_counts_what_suppression_leaves():
     logits = torch.tensor([[9.0, 8.0, 7.0, 6.0]])
     rows = [SamplingRow(temperature=5.0, top_k=2, position=i, suppressed_token_ids=(0,)) for i in range(300)]
     assert set(sample(logits.expand(300, -1), rows).token_ids.tolist()) == {1, 2}
 
 
-@pytest.mark.parametrize(
-    "penalties", [{"repetition_penalty": 2.0}, {"presence_penalty": 1.5, "frequency_penalty": 1.0}]
-)
+@pytest.mark.parametrize("options", [{"repetition_penalty": 2.0}, {"presence_penalty": 1.5, "frequency_penalty": 1.0}])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_late_token_counts_like_a_known_one(penalties, temperature):
+def test_a_late_token_counts_like_a_known_one(options, temperature):
     """It is found among the tokens of the step before."""
     logits, previous = normal(20, 12, seed=4), torch.arange(100, 120) % 12
     known, late = [], []
     for i in range(20):
-        row = SamplingRow(temperature=temperature, key=i, position=3, output_token_ids=(5, i % 12), **penalties)
+        row = SamplingRow(temperature=temperature, key=i, position=3, **options)
         place = 19 - i
-        known.append(replace(row, output_token_ids=(5, i % 12, int(previous[place]))))
-        late.append(replace(row, late=place) if i % 3 else known[-1])
-    drawn = sample(logits, late, previous).token_ids.tolist()
-    assert drawn == sample(logits, known).token_ids.tolist()
-    assert drawn != sample(logits, [replace(row, late=None) for row in late]).token_ids.tolist()
+        known.append(replace(row, history=said(5, i % 12, int(previous[place]))))
+        late.append(replace(row, history=said(5, i % 12, late=place)) if i % 3 else known[-1])
+    drawn = sample(logits, alone(late), previous).token_ids.tolist()
+    assert drawn == sample(logits, alone(known)).token_ids.tolist()
+    unknown = [replace(row, history=replace(row.history, late=None)) for row in late]
+    assert drawn != sample(logits, alone(unknown)).token_ids.tolist()
 
 
 # --- log-probabilities -----------------------------------------------------------------------------------------------
@@ -399,32 +444,25 @@ def test_only_rows_that_ask_get_logprobs():
 
 def test_a_plain_greedy_row_is_the_shared_one():
     params = SamplingParams(temperature=0, top_k=5, seed=3, min_tokens=2)
-    assert sampling_row(params, 99, [1, 2], [3, 4], [0]) is GREEDY
-    assert sampling_row(SamplingParams(temperature=0, logprobs=0), 99, [1], []) == SamplingRow(logprobs=0)
+    assert sampling_row(params, 99, 2, 2, [0]) is GREEDY
+    assert sampling_row(SamplingParams(temperature=0, logprobs=0), 99, 1, 0) == SamplingRow(logprobs=0)
 
 
 def test_a_random_row():
     params = SamplingParams(temperature=0.5, top_k=-1, top_p=0.9, min_p=0.1)
-    row = sampling_row(params, 99, [1, 2], [3])
+    row = sampling_row(params, 99, 2, 1)
     assert row == SamplingRow(temperature=0.5, top_k=0, top_p=0.9, min_p=0.1, key=99, position=3)
-
-
-def test_token_ids_are_sent_only_where_a_penalty_needs_them():
-    repetition = sampling_row(SamplingParams(repetition_penalty=1.1), 0, [1, 2], [3])
-    assert (repetition.prompt_token_ids, repetition.output_token_ids) == ((1, 2), (3,))
-    presence = sampling_row(SamplingParams(presence_penalty=1.0), 0, [1, 2], [3])
-    assert (presence.prompt_token_ids, presence.output_token_ids) == ((), (3,))
 
 
 def test_eos_and_stop_tokens_are_suppressed_until_min_tokens_are_out():
     params = SamplingParams(temperature=0, min_tokens=2, stop_token_ids=[7, 5])
-    rows = [sampling_row(params, 0, [1], [9] * out, eos_token_ids=[2, 7]) for out in range(3)]
+    rows = [sampling_row(params, 0, 1, out, eos_token_ids=[2, 7]) for out in range(3)]
     assert [row.suppressed_token_ids for row in rows] == [(2, 5, 7), (2, 5, 7), ()]
 
 
 def test_rows_are_small_in_a_broadcast():
-    greedy = [sampling_row(SamplingParams(temperature=0), i, [1], []) for i in range(65)]
+    greedy = [sampling_row(SamplingParams(temperature=0), i, 1, 0) for i in range(65)]
     assert len(pickle.dumps(greedy)) - len(pickle.dumps(greedy[:1])) <= 64 * 3
-    random = [sampling_row(SamplingParams(), request_key(0, i, 0), [1], []) for i in range(65)]
+    random = [sampling_row(SamplingParams(), request_key(0, i, 0), 1, 0) for i in range(65)]
     assert len(pickle.dumps(random)) <= 65 * 100
     assert pickle.loads(pickle.dumps(random)) == random

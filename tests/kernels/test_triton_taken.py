@@ -13,7 +13,8 @@ import torch
 from tests.kernels.test_grouped_gemm import a_block
 from tokenweave.comm.communicator import settle
 from tokenweave.comm.norm import Norm
-from tokenweave.engine import random
+from tokenweave.engine.drawing import draw, drawing_arrays
+from tokenweave.engine.sampling_row import SamplingRow
 from tokenweave.kernels.triton_needed import check_triton
 from tokenweave.models.layers import gated_function
 from tokenweave.weave.request import Reduce
@@ -22,7 +23,7 @@ LAUNCHED = {  # by whom, and the kernels it is to launch
     "mlp": ["gated_kernel"],
     "experts": ["choose_kernel", "count_kernel", "order_kernel", *["grouped_gemm_kernel"] * 2, "combine_kernel"],
     "channel": ["residual_rms_norm_kernel"],
-    "sampler": ["uniform_kernel"],
+    "sampler": ["limit_kernel", "draw_kernel"],
 }
 
 
@@ -54,7 +55,10 @@ def channel(device: str) -> torch.Tensor:
 
 
 def sampler(device: str) -> torch.Tensor:
-    return random.uniform(torch.tensor([1, -2]), torch.tensor([3, 4]), torch.arange(9))
+    rows = [SamplingRow(temperature=0.7, top_k=5, key=1, position=3), SamplingRow(temperature=1.0, top_p=0.8, key=-2)]
+    arrays = drawing_arrays(rows, 9)
+    given = (torch.from_numpy(arrays[name]) for name in ("integers", "floats"))
+    return draw(torch.linspace(-3, 3, 18).view(2, 9), rows, *given)
 
 
 def on_both(name: str) -> tuple[torch.Tensor, list[str], torch.Tensor, list[str]]:

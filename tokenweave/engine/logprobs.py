@@ -1,13 +1,10 @@
 """Log-probabilities to report, from raw logits."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from tokenweave.engine.sampling_row import SamplingRow
-from tokenweave.engine.upload import integers
 
 
 @dataclass(frozen=True)
@@ -45,14 +42,15 @@ class Reports:
         return {row: _row_logprobs(count, *listed) for (row, count), listed in pairs}
 
 
-def report(logits: Tensor, token_ids: Tensor, rows: Sequence[SamplingRow]) -> Reports | None:
-    """Of the rows of logits [R, V], with sampled token_ids, int64 [R], that ask for one; None if none does."""
-    asked = {i: row.logprobs for i, row in enumerate(rows) if row.logprobs is not None}
-    if not asked:
-        return None
-    index = integers(list(asked), logits.device)
-    logprobs, sampled = logits[index].float().log_softmax(-1), token_ids[index][:, None]
-    listed = torch.cat([sampled, _likeliest(logprobs, max(asked.values()))], -1)
+def report(logits: Tensor, token_ids: Tensor, asked: Mapping[int, int], index: Tensor | None) -> Reports:
+    """For the rows that ask, as in Reports, of logits [R, V] with sampled token_ids, int64 [R].
+
+    index: those rows, int64 on the logits' device; None: it is all of them.
+    """
+    if index is not None:
+        logits, token_ids = logits[index], token_ids[index]
+    logprobs = logits.float().log_softmax(-1)
+    listed = torch.cat([token_ids[:, None], _likeliest(logprobs, max(asked.values()))], -1)
     values = logprobs.gather(-1, listed)
     return Reports(asked, listed, values, (logprobs > values[:, :1]).sum(-1) + 1)
 

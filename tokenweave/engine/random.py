@@ -32,13 +32,8 @@ def uniform(keys: Tensor, positions: Tensor, columns: Tensor) -> Tensor:
     """Uniform numbers, fp32 [R, V], inside (0, 1), for int64 keys [R], positions [R] and columns [V].
 
     Any chunking gives the same numbers. 52 bits are drawn, so close to 0 they are as fine as 2**-52; close to 1 they
-    are as fine as fp32 is (2**-24). On CUDA it is one kernel.
+    are as fine as fp32 is (2**-24). kernels/sampling.py draws the same.
     """
-    if keys.is_cuda:
-        from tokenweave.kernels.sampling import uniform as in_one_kernel
-
-        first, second = map(_signed, MULTIPLIERS)
-        return in_one_kernel(keys, positions, columns, _signed(GAMMA), first, second)
     rows = _mix(_mix(keys.clone()).add_((positions + 1) * _signed(GAMMA)))
     bits = _mix(rows[:, None] + (columns + 1)[None, :] * _signed(GAMMA))
     odd = bits.bitwise_and_(2**53 - 1).bitwise_or_(1)  # odd / 2**53 lies in the middle of its 2**-52 wide bin: never 0
@@ -77,3 +72,6 @@ def _mix_int(z: int) -> int:
 
 def _signed(z: int) -> int:
     return z - 2**64 if z >= 2**63 else z
+
+
+CONSTANTS = (_signed(GAMMA), *map(_signed, MULTIPLIERS))  # as int64

@@ -3,7 +3,32 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tokenweave.sampling_params import SamplingParams
+from tokenweave.sampling_params import PENALTIES, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """The tokens that a row's penalties count. Every rank keeps what it was told, so a step says only what is new.
+
+    slot: where ranks keep them. start: how many they have there by now. token_ids: those that follow.
+    late: where, among the tokens of the step before, one more is that the host does not know yet. It is told again when
+        it is known.
+    prompt_len: how many of them, the first, are the prompt's.
+    """
+
+    slot: int
+    start: int
+    token_ids: tuple[int, ...]
+    late: int | None = None
+    prompt_len: int = 0
+
+    @property
+    def known(self) -> int:
+        return self.start + len(self.token_ids)
+
+    @property
+    def length(self) -> int:
+        return self.known + (self.late is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,9 +38,7 @@ class SamplingRow:
     temperature: 0 is greedy; key, position and the filters are then unused.
     top_k: 0 is off. top_p: 1 is off. min_p: 0 is off.
     key: the completion's 64-bit key (random.request_key). position: index in the sequence of the token to be drawn.
-    prompt_token_ids, output_token_ids: only where a penalty needs them.
-    late: where, among the tokens of the step before, the last output token is, if the host does not know it yet; like
-        output_token_ids, which it then follows, only where a penalty needs it.
+    history: only where a penalty needs it; None is empty.
     suppressed_token_ids: never drawn (EOS and stop tokens before min_tokens).
     logprobs: how many of the likeliest tokens to report; None is no report.
     """
@@ -29,9 +52,7 @@ class SamplingRow:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    prompt_token_ids: tuple[int, ...] = ()
-    output_token_ids: tuple[int, ...] = ()
-    late: int | None = None
+    history: History | None = None
     suppressed_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
 
@@ -51,36 +72,26 @@ class SamplingRow:
 
 # One shared object: in a pickle of many rows it is written once.
 GREEDY = SamplingRow()
+NO_HISTORY = History(slot=0, start=0, token_ids=())
 
 
 def sampling_row(
     params: SamplingParams,
     key: int,
-    prompt_token_ids: Sequence[int],
-    output_token_ids: Sequence[int],
+    prompt_len: int,
+    out: int,
     eos_token_ids: Sequence[int] = (),
-    late: int | None = None,
+    history: History | None = None,
 ) -> SamplingRow:
-    """The row for the next token of a sequence of which output_token_ids are out, and one more if one is late."""
+    """The row for the next token of a sequence of which `out` tokens are out, late ones included."""
     row: dict = {}
-    out = len(output_token_ids) + (late is not None)
     if params.logprobs is not None:
         row |= {"logprobs": params.logprobs}
     if out < params.min_tokens:
         row |= {"suppressed_token_ids": tuple(sorted({*eos_token_ids, *(params.stop_token_ids or ())}))}
-    row |= _penalty_fields(params, prompt_token_ids, output_token_ids, late)
+    if params.penalised:
+        row |= {name: getattr(params, name) for name in PENALTIES} | {"history": history}
     if not params.greedy:
         row |= {"temperature": params.temperature, "top_k": max(params.top_k, 0), "top_p": params.top_p}
-        row |= {"min_p": params.min_p, "key": key, "position": len(prompt_token_ids) + out}
+        row |= {"min_p": params.min_p, "key": key, "position": prompt_len + out}
     return SamplingRow(**row) if row else GREEDY
-
-
-def _penalty_fields(
-    params: SamplingParams, prompt_token_ids: Sequence[int], output_token_ids: Sequence[int], late: int | None
-) -> dict:
-    names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-    values = {name: getattr(params, name) for name in names}
-    if values == {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}:
-        return {}
-    prompt = tuple(prompt_token_ids) if params.repetition_penalty != 1 else ()
-    return values | {"prompt_token_ids": prompt, "output_token_ids": tuple(output_token_ids), "late": late}
