@@ -37,7 +37,7 @@ def tables_on(
 ) -> tuple[Capacity, Tables[torch.Tensor]]:
     """(what exactly the spans need, their tables on the storage's device)."""
     layers, block_size = storage.shape[1], storage.shape[3]
-    exact = capacity_of(spans, block_size)
+    exact = capacity_of(Batch(tuple(spans)), block_size)
     room = replace(
         exact,
         tokens=exact.tokens + padding.tokens,
@@ -46,7 +46,7 @@ def tables_on(
         blocks=exact.blocks + padding.blocks,
         **({"shortest": 1, "longest": max(2, exact.tokens + padding.tokens)} if padding.mixed else {}),
     )
-    host = tables_of(spans, room, layers, block_size)
+    host = tables_of(Batch(tuple(spans)), room, layers, block_size)
     arrays = {
         name: getattr(host, name) for name in ("slots", "query_starts", "tail_starts", "kv_lengths", "block_tables")
     }

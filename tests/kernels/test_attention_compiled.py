@@ -99,21 +99,3 @@ def test_places_in_the_cache_are_64_bits():
         loads = re.findall(r"arith\.extsi .* : tensor<\d+xi32> to tensor<\d+xi64>", ttir)
         assert loads, launch.kernel.__name__
         assert re.search(r"arith\.muli .* : tensor<\d+xi64>", ttir), launch.kernel.__name__
-
-
-def test_what_varies_between_steps_is_not_compiled_in():
-    """Nothing is compiled anew for another number of spans or blocks, as it could be while a graph is captured."""
-    shapes = [(1, 1), (2, 16), (9, 17), (16, 32), (64, 4096)]
-    each = [attention(90, torch.bfloat16, 128, spans=spans, blocks=blocks) for spans, blocks in shapes]
-    assert len({specialised(found[0]) for found in each}) == 1
-    assert len({specialised(found[1], but=("SPLITS",)) for found in each}) == 1
-
-
-def specialised(launch: Launch, but: tuple[str, ...] = ()) -> frozenset[Any]:
-    """What of the integers Triton compiles in."""
-    values = [(parameter, launch.arguments[parameter.name]) for parameter in launch.kernel.params]
-    return frozenset(
-        (parameter.name, value if parameter.is_constexpr else (value == 1, value % 16 == 0))
-        for parameter, value in values
-        if isinstance(value, int) and parameter.name not in but and not parameter.do_not_specialize
-    )

@@ -11,7 +11,7 @@ import torch
 from tests.kernels.paged import EXACT, PaddedBackend, Padding, tables_on
 from tests.texts import OPTIONS, PLAIN, TOLERANCE, Texts, no_rotation
 from tokenweave.engine.attention import open_attention
-from tokenweave.engine.batch import Span
+from tokenweave.engine.batch import Batch, Span
 from tokenweave.engine.kv_cache import allocate_storage
 from tokenweave.models.attention import Options, PagedAttention
 
@@ -117,6 +117,6 @@ def padding_to(capacity, spans: list[Span]) -> Padding:
     """What these spans leave of a capacity."""
     from tokenweave.engine.tables import capacity_of
 
-    exact = capacity_of(spans, 16)
+    exact = capacity_of(Batch(tuple(spans)), 16)
     left = [getattr(capacity, name) - getattr(exact, name) for name in ("tokens", "rows", "spans", "blocks")]
     return Padding(*left, mixed=True)

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from tokenweave.kernels.attention_decode import decode, join
 from tokenweave.kernels.attention_prefill import prefill
-from tokenweave.kernels.attention_sizes import SPLIT_KEYS, Gpu, decode_tile, padded_dim, prefill_tile, splits_of
+from tokenweave.kernels.attention_sizes import (
+    MOST_SPLITS,
+    SPLIT_KEYS,
+    Gpu,
+    decode_tile,
+    padded_dim,
+    prefill_tile,
+    splits_of,
+)
 
 
 @dataclass(frozen=True)
@@ -121,17 +129,17 @@ def launch_decode(call: Call) -> None:
     spans = len(pages.kv_lengths)
     tile = decode_tile(dim, call.q.element_size(), call.group)
     splits = splits_of(call.gpu.sms, spans, call.kv_heads, call.most_keys)
-    parts = call.q.new_empty(spans, heads, splits, dim, dtype=torch.float32)
-    sums = call.q.new_empty(spans, heads, splits, dtype=torch.float32)
-    shares = {"KEYS": tile.keys, "SPLITS": splits, "LEAST": SPLIT_KEYS}
+    parts = call.q.new_empty(splits, spans, heads, dim, dtype=torch.float32)
+    sums = call.q.new_empty(splits, spans, heads, dtype=torch.float32)
+    shares = {"KEYS": tile.keys, "LEAST": SPLIT_KEYS}
     decode[(splits, call.kv_heads, spans)](
         call.q, call.out, parts, sums, call.keys, call.values, pages.starts, pages.kv_lengths, pages.block_tables,
         call.scale, call.softcap or 1.0, *call.strides, **call.constants, **shares,
-        ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+        ROWS=tile.rows, SPLIT=splits > 1, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
     if splits > 1:
         join[(heads, spans)](
-            call.out, parts, sums, pages.starts, pages.kv_lengths,
-            DIM=dim, DIM_PADDED=padded_dim(dim), WINDOW=call.window or 0, **shares,
+            call.out, parts, sums, pages.starts, pages.kv_lengths, splits,
+            DIM=dim, DIM_PADDED=padded_dim(dim), WINDOW=call.window or 0, MOST_SPLITS=MOST_SPLITS, **shares,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

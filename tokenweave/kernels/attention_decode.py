@@ -7,9 +7,9 @@ from tokenweave.kernels.attention_keys import attend_keys
 
 
 @triton.jit
-def keys_of_split(count, SPLITS: tl.constexpr, KEYS: tl.constexpr, LEAST: tl.constexpr):
+def keys_of_split(count, splits, KEYS: tl.constexpr, LEAST: tl.constexpr):
     """Keys of each split but the last that has any: whole blocks of KEYS, and at least LEAST, a multiple of them."""
-    even = tl.cdiv(count, SPLITS)
+    even = tl.cdiv(count, splits)
     return tl.maximum(tl.cdiv(even, KEYS) * KEYS, LEAST)
 
 
@@ -17,8 +17,8 @@ def keys_of_split(count, SPLITS: tl.constexpr, KEYS: tl.constexpr, LEAST: tl.con
 def decode(
     q,  # [queries, heads, DIM], strided
     out,  # [queries, heads, DIM], contiguous; written if there is one split
-    parts,  # fp32 [spans, heads, SPLITS, DIM]; written if there are several
-    sums,  # fp32 [spans, heads, SPLITS]: log2 of each part's sum of exp2
+    parts,  # fp32 [splits, spans, heads, DIM]; written if there are several
+    sums,  # fp32 [splits, spans, heads]: log2 of each part's sum of exp2
     keys,  # [blocks, BLOCK_SIZE, kv_heads, DIM], strided
     values,  # the same, with the same strides
     starts,  # int32 [spans + 1]
@@ -40,10 +40,11 @@ def decode(
     DIM_PADDED: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,  # there are several splits; how many, the grid alone says, since it varies between steps
     LEAST: tl.constexpr,
 ):
     split = tl.program_id(0)
+    splits = tl.num_programs(0)
     kv_head = tl.program_id(1)
     span = tl.program_id(2)
     start = tl.load(starts + span)
@@ -53,10 +54,10 @@ def decode(
     first = 0
     if WINDOW > 0:
         first = tl.maximum(length - WINDOW, 0)
-    share = keys_of_split(length - first, SPLITS, KEYS, LEAST)
+    share = keys_of_split(length - first, splits, KEYS, LEAST)
     begin = first + split * share
     end = tl.minimum(begin + share, length)
-    if SPLITS > 1:  # noqa: SIM102  # one is known when compiled, the other not
+    if SPLIT:  # noqa: SIM102  # one is known when compiled, the other not
         if begin >= end:
             return
 
@@ -85,27 +86,28 @@ def decode(
     )  # fmt: skip
     attended = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     heads = tl.num_programs(1) * GROUP
-    if SPLITS == 1:
-        place = (start.to(tl.int64) * heads + head) * DIM
-        tl.store(out + place[:, None] + column[None, :], attended.to(out.dtype.element_ty), mask=alive)
-    else:
-        part = (span.to(tl.int64) * heads + head) * SPLITS + split
+    if SPLIT:
+        part = (split.to(tl.int64) * tl.num_programs(2) + span) * heads + head
         tl.store(parts + part[:, None] * DIM + column[None, :], attended, mask=alive)
         tl.store(sums + part, best + tl.log2(total), mask=row < GROUP)
+    else:
+        place = (start.to(tl.int64) * heads + head) * DIM
+        tl.store(out + place[:, None] + column[None, :], attended.to(out.dtype.element_ty), mask=alive)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def join(
     out,  # [queries, heads, DIM], contiguous
-    parts,  # fp32 [spans, heads, SPLITS, DIM]
-    sums,  # fp32 [spans, heads, SPLITS]
+    parts,  # fp32 [splits, spans, heads, DIM]
+    sums,  # fp32 [splits, spans, heads]
     starts,  # int32 [spans + 1]
     kv_lengths,  # int32 [spans]
+    splits,
     KEYS: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
     WINDOW: tl.constexpr,
-    SPLITS: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
     LEAST: tl.constexpr,
 ):
     """out = sum over splits of part * exp2(sum) / sum over splits of exp2(sum); zeros where there are no keys."""
@@ -118,11 +120,11 @@ def join(
     count = tl.load(kv_lengths + span)
     if WINDOW > 0:
         count = tl.minimum(count, WINDOW)
-    share = keys_of_split(count, SPLITS, KEYS, LEAST)
-    split = tl.arange(0, SPLITS)
+    share = keys_of_split(count, splits, KEYS, LEAST)
+    split = tl.arange(0, MOST_SPLITS)
     written = split * share < count
     column = tl.arange(0, DIM_PADDED)
-    part = (span.to(tl.int64) * heads + head) * SPLITS + split
+    part = (split.to(tl.int64) * tl.num_programs(1) + span) * heads + head
     logs = tl.load(sums + part, mask=written, other=float("-inf"))
     best = tl.max(logs, 0)
     weights = tl.exp2(logs - tl.where(best == float("-inf"), 0.0, best))

@@ -49,8 +49,8 @@ def group_by_expert(chosen: Tensor, experts: int, rows: int) -> Groups:
         tiles,
         assignments,
         most,
-        experts,
         rows,
+        experts,
         block_experts,
         BLOCK,
         num_warps=4,
@@ -69,7 +69,7 @@ def count_kernel(chosen, counts, assignments, BLOCK: tl.constexpr):
     tl.store(counts + expert, tl.sum(seen))
 
 
-@triton.jit(do_not_specialize=["assignments", "most"])
+@triton.jit(do_not_specialize=["assignments", "most", "rows"])
 def order_kernel(
     chosen,
     counts,
@@ -77,8 +77,8 @@ def order_kernel(
     tiles,
     assignments,
     most,
+    rows,
     EXPERTS: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -86,12 +86,12 @@ def order_kernel(
     expert = tl.program_id(0)
     each = tl.arange(0, BLOCK_EXPERTS)
     count = tl.load(counts + each, mask=each < EXPERTS, other=0)
-    needed = (count + ROWS - 1) // ROWS
+    needed = (count + rows - 1) // rows
     first = tl.sum(tl.where(each < expert, count, 0))
     end = first + tl.sum(tl.where(each == expert, count, 0))
     tile = tl.sum(tl.where(each < expert, needed, 0))
-    for start in range(first, end, ROWS):
-        write_tile(tiles, tile, expert, start, tl.minimum(start + ROWS, end))
+    for start in range(first, end, rows):
+        write_tile(tiles, tile, expert, start, tl.minimum(start + rows, end))
         tile += 1
     if expert == EXPERTS - 1:
         for unused in range(tile, most):
