@@ -17,6 +17,7 @@ from perf.gpu_timing import Contestant, sleep
 from perf.virtual import VirtualRanks, bounds_of
 from tokenweave.comm.symmetric import Layout
 from tokenweave.kernels.fused import Variant
+from tokenweave.kernels.gemm_sms import leave_free
 
 WORLD_SIZE = 2
 HIDDEN_SIZE = 8192
@@ -31,7 +32,7 @@ GEMMS_S = 2e-3  # of GEMMs, or launches, that are timed together
 LAUNCHES = 400  # at most at a time: the GPU's queue of launches has some 1000 places
 NEAR = 0.05  # a GEMM's slow-down is near k / SMs if it is not more than this above it
 MODELS = {"8B": (4096, 14336, 32, 8, 128, 1), "70B/8": (8192, 28672, 64, 8, 128, 8)}  # ..., head size, ranks
-MODES = ("cublas", "cublaslt", "cublaslt, carve-out")  # torch heeds the carve-out in cuBLASLt alone
+MODES = ("cublas", "cublas, told", "cublaslt, carve-out")  # torch 2.11 heeds its carve-out in cuBLASLt alone
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,15 @@ class Loss:
 
 
 @contextmanager
-def gemm_mode(mode: str, sms: int) -> Iterator[None]:
-    """Which library multiplies, and whether it is told to leave `sms` SMs alone."""
+def gemm_mode(mode: str, sms: int, device: torch.device) -> Iterator[None]:
+    """Which library multiplies, and whether it is told to leave `sms` SMs free; "told" is what the runtime can do."""
     before = torch.backends.cuda.preferred_blas_library()
-    torch.backends.cuda.preferred_blas_library(mode.partition(",")[0])
-    torch._C._set_sm_carveout_experimental(sms if "carve-out" in mode else None)
+    library, _, told = mode.partition(", ")
+    torch.backends.cuda.preferred_blas_library(library)
     try:
-        yield
+        with leave_free(sms if told else 0, device, biases=library == "cublaslt"):
+            yield
     finally:
-        torch._C._set_sm_carveout_experimental(None)
         torch.backends.cuda.preferred_blas_library(before)
 
 
@@ -196,7 +197,7 @@ def measure(device: torch.device, say: Callable[[str], None], found: dict[str, A
 
 
 def losses_of(shape: Shape, gemm: Side, fused: Side, sms: int, mode: str) -> Loss:
-    with gemm_mode(mode, sms):
+    with gemm_mode(mode, sms, gemm.stream.device):
         gemm.run(0)
         torch.cuda.synchronize()
         gemm_us = median_or_none([beside_us(gemm, fused) for _ in range(ROUNDS)])

@@ -11,8 +11,8 @@ import torch
 from tests.checkpoints import prompt_batch
 from tokenweave import LLM, SamplingParams
 from tokenweave.cost import measure
-from tokenweave.cost.measure import fitting, measure_step_times
-from tokenweave.weave.plan import StepTimes, plan_step
+from tokenweave.cost.measure import carving_pays, fitting, measure_carve_out, measure_step_times
+from tokenweave.weave.plan import BESIDE_SMS, StepTimes, plan_step
 
 COUNTS = [1, 16, 128, 512]
 
@@ -33,7 +33,6 @@ class FakeRunner:
         self.device = torch.device("cpu")
         self.theirs = theirs
         self.plans: list = []
-        self.recorder = None
 
     def gather(self, value):
         if value is None or self.theirs is None:
@@ -95,22 +94,74 @@ def test_every_mode_is_timed_at_every_count():
     ],
 )
 def test_steps_that_would_take_long_are_left_out(monkeypatch, step_s, expected):
-    monkeypatch.setattr(measure, "time_step", lambda runner, mode, rows: step_s(rows))
+    monkeypatch.setattr(measure, "time_step", lambda runner, plan: step_s(plan.rows))
     assert list(measure_step_times(FakeRunner()).seconds["off"]) == expected
 
 
-def test_a_timeline_does_not_show_what_was_measured():
-    runner = FakeRunner()
-    cleared: list[bool] = []
-    runner.recorder = SimpleNamespace(clear=lambda: cleared.append(True))
-    measure_step_times(runner)
-    assert cleared == [True]
-
-
 def test_rank_0s_figures_are_everyones(monkeypatch):
-    monkeypatch.setattr(measure, "time_step", lambda runner, mode, rows: 0.25)
+    monkeypatch.setattr(measure, "time_step", lambda runner, plan: 0.25)
     assert measure_step_times(FakeRunner(theirs=0.125)).predict("weave", 16) == 0.125
     assert measure_step_times(FakeRunner()).predict("weave", 16) == 0.25
+
+
+# -- whether GEMMs leave the sums' SMs free ----------------------------------------------------------------------------
+
+
+class CarvingRunner(FakeRunner):
+    """On each of two ranks GEMMs can be told or not; rank 0 finds what this rank does, or the contrary."""
+
+    def __init__(self, carves: bool = True, peer_carves: bool = True, world_size: int = 2, contrary: bool = False):
+        super().__init__()
+        self.carves, self.peer_carves, self.world_size, self.contrary = carves, peer_carves, world_size, contrary
+
+    def gather(self, value):
+        return [value, self.peer_carves] if not self.plans else [value != self.contrary, value]
+
+
+def seconds_by(carved_s: float, seen: list):
+    """Steps of 1 s, of `carved_s` with a carve-out; the first of each kind are misleading."""
+
+    def seconds(plan) -> float:
+        seen.append(plan)
+        if (times := seen.count(plan)) <= measure.WARM_UPS:
+            return 0.1 * times if plan.carve_out else 60.0
+        return carved_s if plan.carve_out else 1.0
+
+    return seconds
+
+
+@pytest.mark.parametrize(("carved_s", "pays"), [(0.7, True), (0.985, True), (0.995, False), (1.0, False), (1.3, False)])
+def test_a_carve_out_is_taken_where_it_is_measured_to_pay(carved_s, pays):
+    seen: list = []
+    assert carving_pays(seconds_by(carved_s, seen), 100_000) == pays
+    assert {plan.rows for plan in seen} == {measure.CARVING_ROWS}
+    assert [plan.carve_out for plan in seen] == [False, True] * (len(seen) // 2), "in turn"
+    assert {plan.carved_sms for plan in seen} == {0, BESIDE_SMS}
+
+
+def test_a_step_that_cannot_be_woven_tells_nothing():
+    assert not carving_pays(seconds_by(0.5, []), 1)
+
+
+def test_the_ranks_carve_as_rank_0_does(monkeypatch):
+    for contrary in (False, True):
+        runner = CarvingRunner(contrary=contrary)
+        timed = seconds_by(0.5, runner.plans)
+        monkeypatch.setattr(measure, "time_step", lambda _, plan, timed=timed: timed(plan))
+        assert measure_carve_out(runner) != contrary
+
+
+@pytest.mark.parametrize("alike", [{"carves": False}, {"peer_carves": False}, {"world_size": 1}])
+def test_nothing_is_timed_where_gemms_cannot_be_told(alike):
+    runner = CarvingRunner(**alike)
+    assert not measure_carve_out(runner)
+    assert not runner.plans
+
+
+def test_woven_steps_are_timed_as_they_will_run():
+    runner = FakeRunner()
+    measure_step_times(runner, carve_out=True)
+    assert all(bool(plan.carved_sms) == (plan.cut is not None) for plan in runner.plans)
 
 
 def measured(folder: Path) -> tuple[StepTimes | None, list[list[int]]]:

@@ -139,11 +139,14 @@ def test_the_held_kernel_compiles_as_large_as_the_real_one(norm, tmp_path, monke
 
 def test_figures_are_labelled_and_judged_at_4096_tokens_alone():
     ms = {"off": [2.0, 2.0], "fused": [1.5, 1.5], "weave": [1.05, 1.0], "nocomm": [1.0, 1.0]}
-    for tokens, verdict in ((4096, "pass"), (2048, "")):
-        found = {figure.what: figure for figure in stand_in.compared(tokens, ms)}
+    for tokens, verdict, carved in ((4096, "pass", 1.5), (2048, "", 1.5), (4096, "pass", 0.5)):
+        found = {figure.what: figure for figure in stand_in.compared(tokens, ms | {"carved weave": [carved] * 2})}
         assert all("the wire is simulated" in figure.note for figure in found.values())
         assert found[f"TP=8, {tokens} tokens, weave over nocomm"].verdict == verdict
-        assert found[f"TP=8, {tokens} tokens, off over weave"].value == pytest.approx(1.95, abs=0.01)
+        off_over_weave = found[f"TP=8, {tokens} tokens, off over weave"]
+        assert off_over_weave.value == pytest.approx(1.95 if carved > 1 else 4.0, abs=0.01)
+        assert ("; carved weave" in off_over_weave.note) == (carved < 1), "the faster of the two"
+        assert found[f"TP=8, {tokens} tokens, carved weave over weave"].value == pytest.approx(carved, rel=0.05)
 
 
 def test_weave_is_really_woven_and_nocomm_sends_nothing(tmp_path, monkeypatch):
@@ -157,6 +160,7 @@ def test_weave_is_really_woven_and_nocomm_sends_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(stand_in, "plans_of", watched)
     stand_in.measure(TINY, said.append)
-    assert all(plan["weave"].cut is not None for plan in plans)
+    assert all(plan[mode].cut is not None for plan in plans for mode in stand_in.WOVEN)
+    assert all(bool(plan[mode].carved_sms) == (mode == "carved weave") for plan in plans for mode in stand_in.MODES)
     assert all(plan[mode].cut is None for plan in plans for mode in ("off", "fused", "nocomm"))
     assert {figure.what.split(", ")[-1] for figure in said} >= {*stand_in.MODES, "weave over nocomm"}

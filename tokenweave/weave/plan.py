@@ -22,6 +22,12 @@ class Plan:
     reason: str = ""
     attention_sms: int = ALONE_SMS  # of the fused kernel, for the sum after attention
     mlp_sms: int = ALONE_SMS  # and after the MLP
+    carve_out: bool = False  # tell the GEMMs beside sums to leave the sums' SMs free
+
+    @property
+    def carved_sms(self) -> int:
+        """How many SMs GEMMs are told to leave free: in a woven step nearly every one has a sum beside it."""
+        return max(self.attention_sms, self.mlp_sms) if self.carve_out and self.cut is not None else 0
 
     @property
     def sms(self) -> dict[str, int]:
