@@ -76,8 +76,7 @@ class Bench:
 
     def planner(self, mode: Mode) -> Planner:
         """As an LLM of that `overlap` would have it, by what was measured on the link."""
-        own = self.rank.planner
-        return Planner(mode.overlap, own.cost, own.times, own.tuned, own.most_rows)
+        return self.rank.planner.under(mode.overlap)
 
     def plan(self, mode: Mode, batch: Batch) -> Plan:
         """Rank 0's plan, on every rank. Collective."""

@@ -10,6 +10,7 @@ from typing import Any
 from perf.overlap.modes import MODES, Bench, Mode
 from perf.overlap.schedule import Strands
 from tokenweave.engine.batch import Batch
+from tokenweave.engine.runner import open_recorder
 from tokenweave.trace.observe import TraceObserver
 from tokenweave.trace.spans import Recorder, Span
 
@@ -68,7 +69,7 @@ def sum_s(bench: Bench, rows: int) -> float:
 def recorded(bench: Bench) -> Iterator[Recorder]:
     """The runner with a recorder on both lanes, for as long as the block runs."""
     runner = bench.rank.runner
-    recorder = Recorder(bench.rank.ranks.rank)
+    recorder = open_recorder(bench.rank.ranks)
     before = runner.recorder, runner.inline.observers, runner.lane.observers
     watching = (TraceObserver(recorder),)
     runner.recorder, runner.inline.observers, runner.lane.observers = recorder, watching, watching

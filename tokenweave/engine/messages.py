@@ -45,4 +45,5 @@ def collect_spans(runner: Runner, ranks: Ranks) -> list[Any]:
     """Every rank's spans since the start, on every rank. Collective."""
     if runner.recorder is None:
         return []
+    runner.synchronize()  # a GPU's times are known when its work is done
     return [span for spans in ranks.gather(runner.recorder.export()) for span in spans]

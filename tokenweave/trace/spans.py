@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 LaneName = Literal["compute", "comm"]
 Kind = Literal["segment", "sum", "gather", "wait"]
@@ -40,8 +40,7 @@ class Span(NamedTuple):
 class Recorder:
     """Collects the spans of one rank. Both lanes' threads may record: list.append is atomic.
 
-    The runner sets `step` before each step, and `phases[step]` where it wants summaries by phase.
-    Times come from `time.perf_counter_ns`; `origin_ns` is what turns them into wall-clock time.
+    Times are what `now` gives, here `time.perf_counter_ns`; `origin_ns` is what turns them into wall-clock time.
     """
 
     def __init__(self, rank: int):
@@ -51,25 +50,39 @@ class Recorder:
         self.spans: list[Span] = []
         self.origin_ns = time.time_ns() - time.perf_counter_ns()
 
+    def now(self) -> Any:
+        """The time, as `record` takes it."""
+        return time.perf_counter_ns()
+
+    def begin_step(self, phase: str) -> None:
+        """What is recorded from here on is of the next step."""
+        self.step += 1
+        self.phases[self.step] = phase
+
     def record(
         self,
         lane: LaneName,
         kind: Kind,
         half: int,
         name: str,
-        start_ns: int,
-        end_ns: int,
+        start: Any,
+        end: Any,
         tokens: int = 0,
         bytes: int = 0,
     ) -> None:
-        """Add a span to the current step; times are `time.perf_counter_ns()`."""
+        """Add a span to the current step; times as `now` gives them."""
+        self.spans.append(self._span(lane, kind, half, name, start, end, tokens, bytes))
+
+    def _span(
+        self, lane: LaneName, kind: Kind, half: int, name: str, start_ns: int, end_ns: int, tokens: int, bytes: int
+    ) -> Span:
         if lane not in LANES or kind not in KINDS or end_ns < start_ns:
             raise ValueError(
                 f"a span needs a lane of {LANES}, a kind of {KINDS} and end_ns >= start_ns, "
                 f"got {lane!r}, {kind!r}, {start_ns} to {end_ns}"
             )
         phase = self.phases.get(self.step, "")
-        self.spans.append(Span(self.rank, self.step, lane, kind, half, name, start_ns, end_ns, tokens, bytes, phase))
+        return Span(self.rank, self.step, lane, kind, half, name, start_ns, end_ns, tokens, bytes, phase)
 
     def export(self) -> list[Span]:
         """The spans with times in wall-clock ns, so that ranks on different hosts share one axis."""

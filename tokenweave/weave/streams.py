@@ -75,24 +75,29 @@ class StreamLane:
         job = Job(run, **words)
         for observer in self.observers:
             observer.submitted(job)
-            observer.started(job)
         self.streams.wait(COMM, self.streams.record(COMPUTE))
         try:
             with self.streams.comm():
-                result = job.run()
+                result = self._observed(job)
         except BaseException:
             self.streams.wait(COMPUTE, self.streams.record(COMM))  # an unjoined capture's error would hide this one
             raise
-        done = self.streams.record(COMM)
+        return StreamPending(job, result, self.streams.record(COMM), self)
+
+    def _observed(self, job: Job) -> Any:
+        """On the comm stream, so that what observers record there is behind what the job waits for."""
+        for observer in self.observers:
+            observer.started(job)
+        result = job.run()
         for observer in self.observers:
             observer.finished(job)
-        return StreamPending(job, result, done, self)
+        return result
 
     def close(self) -> None:
         """Wait for what is queued, but not long, and say so where it does not end: whoever closes has reasons."""
         try:
             wait_until(self.streams.record(COMM).query, CLOSE_S, lambda: None, "what its comm stream has queued")
-        except TimeoutError as error:
+        except (TimeoutError, RuntimeError) as error:  # the latter of a device that has failed
             log.warning("%s", error)
 
 
