@@ -16,6 +16,7 @@ OVERLAPS = ("auto", "off", "fused", "weave")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
+LONGEST_TIMEOUT_S = 1e9  # what clocks of torch and of the system can count
 
 
 @known_keywords
@@ -34,18 +35,22 @@ class EngineConfig:
     max_num_seqs: int = 64  # sequences that run at once
     block_size: int = 16  # tokens of one KV block
     num_kv_blocks: int | None = None  # None: by gpu_memory_utilization; on a CPU what can be needed, within free memory
-    gpu_memory_utilization: float = 0.9  # share of a GPU's memory for weights, activations and KV cache
+    # Share of a GPU's memory for weights, activations, CUDA graphs and KV cache: so much must be free at the start, and
+    # what other processes use is not counted. Plays no part where num_kv_blocks is given.
+    gpu_memory_utilization: float = 0.9
     max_model_len: int | None = None  # None: what the model was made for
     # Launch a step before the tokens of the last are read. None: on CUDA. A CPU gains nothing: launching is computing.
     async_scheduling: bool | None = None
     enforce_eager: bool = False  # queue every step anew, with no CUDA graphs
-    cuda_graph_max_tokens: int = 1024  # the largest prefill step that is captured in a CUDA graph
+    # The largest prefill step that is captured in a CUDA graph. None: the largest that is predicted to take longer to
+    # queue, at 20 us a launch, than to compute. Llama on H100s: 8B on one 192, on eight 3840; 70B on eight 1024.
+    cuda_graph_max_tokens: int | None = None
     enable_prefix_caching: bool = True
     seed: int = 0  # of requests that bring none
     tensor_parallel_size: int | None = None  # None: torchrun's world size, 1 without it
     timeout_s: float = 600.0  # the bound on every wait for another rank
     link: Link | None = None  # simulate a wire of this speed under the comm lane (CPU; tests and perf)
-    trace: str | None = None  # write a timeline here, and a picture of it beside
+    trace: str | None = None  # write a timeline here, and a picture of it beside; on CUDA steps are then not captured
     progress: bool = True  # bars on rank 0, while loading and generating
     policy: Policy | None = None  # the scheduler's order, budget and preempt functions; None: first come, first served
 
@@ -56,9 +61,9 @@ class EngineConfig:
         one_of("attention", self.attention, ATTENTIONS)
         one_of("load_format", self.load_format, LOAD_FORMATS)
         one_of("comm", self.comm, COMMS)
-        for name in ("max_num_batched_tokens", "max_num_seqs", "block_size", "cuda_graph_max_tokens"):
+        for name in ("max_num_batched_tokens", "max_num_seqs", "block_size"):
             whole_number(name, getattr(self, name))
-        for name in ("num_kv_blocks", "max_model_len", "tensor_parallel_size"):
+        for name in ("num_kv_blocks", "max_model_len", "tensor_parallel_size", "cuda_graph_max_tokens"):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name))
         for name in ("enforce_eager", "enable_prefix_caching", "progress"):
@@ -67,8 +72,8 @@ class EngineConfig:
             of_type("async_scheduling", self.async_scheduling, bool)
         of_type("seed", self.seed, int)
         of_type("timeout_s", self.timeout_s, int, float)
-        if not self.timeout_s > 0:
-            raise ValueError(f"timeout_s must be > 0 seconds, got {self.timeout_s!r}")
+        if not 0 < self.timeout_s <= LONGEST_TIMEOUT_S:
+            raise ValueError(f"timeout_s must be > 0 and at most {LONGEST_TIMEOUT_S:g} seconds, got {self.timeout_s!r}")
         of_type("gpu_memory_utilization", self.gpu_memory_utilization, int, float)
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization must be > 0 and <= 1, got {self.gpu_memory_utilization!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import pickle
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -77,6 +78,32 @@ def test_long_batches_are_split_and_short_ones_are_not():
     assert planner().plan([span(4096)]).cut is not None
     assert planner().plan([span(16)]).cut is None
     assert planner().plan([span(1, 500) for _ in range(8)]).cut is None
+
+
+def test_steps_that_are_captured_are_planned_without_the_host_s_launches():
+    """8B on eight H100s waits for the host up to some 4000 tokens, where its kernels are queued one by one."""
+    eager = Cost(PUBLISHED["Llama-3.1-8B"], find_hardware("h100-sxm"), 8)
+    ours = Planner("auto", eager, most_rows=8192, captured=cost(), captured_tokens=2048)
+    alone = Planner("auto", eager, most_rows=8192)
+    for spans in ([span(1024)], [span(2048)], [span(1, 500)] * 512):
+        assert ours.plan(spans) == planner().plan(spans)
+    assert planner().plan([span(1024)]).cut is not None
+    assert alone.plan([span(1024)]).cut is None
+    assert ours.under("weave").plan([span(1024)]).cut == planner("weave").plan([span(1024)]).cut
+    assert ours.plan([span(6000)]) == alone.plan([span(6000)])
+    short = Planner("auto", eager, most_rows=8192, captured=cost(), captured_tokens=256)
+    assert short.plan([span(1, 500)] * 512) == planner().plan([span(1, 500)] * 512)  # what decodes is captured, anyway
+    assert short.plan([span(1024)]).cut is None
+
+
+def test_a_carve_out_is_of_woven_plans_alone():
+    ours = Planner("auto", cost(), most_rows=16384, carve_out=True)
+    for spans, woven in (([span(4096)], True), ([span(16)], False), ([span(1, 500)] * 8, False)):
+        plan = ours.plan(spans)
+        assert (plan.carve_out, plan.cut is not None) == (woven, woven)
+        assert plan == replace(planner().plan(spans), carve_out=woven)
+    assert ours.under("weave").plan([span(4096)]).carve_out
+    assert not Planner("weave").plan([span(4096)]).carve_out
 
 
 def test_nothing_is_searched_below_the_rows_from_which_on_splitting_can_pay(monkeypatch):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
+from tests.capture import captured_runner
 from tests.checkpoints import prompt_batch
 from tests.runtime import watched_generate
 from tokenweave import LLM, SamplingParams
@@ -17,6 +19,7 @@ from tokenweave.cost.choice import Choice
 from tokenweave.cost.machine import calibration_path
 from tokenweave.cost.tuned import Store, TunedStep
 from tokenweave.engine.at_hand import key_of
+from tokenweave.engine.planning import open_planner
 from tokenweave.weave.plan import Plan
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
@@ -55,3 +58,18 @@ def start_with_a_broken_calibration(folder: Path, cache: Path) -> str:
 def test_a_broken_calibration_is_refused_by_name_on_every_rank(ranks, checkpoint, tmp_path):
     for said in ranks(2).run(start_with_a_broken_calibration, checkpoint("llama"), tmp_path):
         assert str(tmp_path / "calibration") in said
+
+
+def plans_by_captured_costs(folder: Path) -> list[bool]:
+    """On a rank: where attention can be captured, and where it cannot."""
+    with LLM(folder, progress=False, overlap="weave", **OPTIONS) as llm, captured_runner(llm._runner):
+        runner, found = llm._runner, []
+        for backend in (runner.attention.captured, None):
+            vars(runner).pop("graphs", None)
+            runner.attention = replace(runner.attention, captured=backend)
+            found.append(open_planner(runner, None, False).captured is not None)
+        return found
+
+
+def test_steps_are_planned_as_captured_only_where_they_are(ranks, checkpoint):
+    assert ranks(2).run(plans_by_captured_costs, checkpoint("llama")) == [[True, False], [False, False]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from tokenweave.cost.choice import Choice
@@ -48,20 +49,32 @@ class Planner:
         times: StepTimes | None = None,
         tuned: Tuned | None = None,
         most_rows: int = 2048,
+        carve_out: bool = False,
+        captured: Cost | None = None,
+        captured_tokens: int = 0,
     ):
-        """most_rows: of a step. Without `cost`, plans go by `times` and the number of rows alone."""
+        """most_rows: of a step. Without `cost`, plans go by `times` and the number of rows alone. carve_out: of woven
+        plans. captured: the cost of steps that run as CUDA graphs: prompts of up to so many tokens, and what decodes.
+        """
         self.overlap, self.cost, self.times, self.tuned, self.most_rows = overlap, cost, times, tuned, most_rows
+        self.carve_out = carve_out
+        self.captured, self.captured_tokens = captured, captured_tokens
         self._by_summary = functools.lru_cache(REMEMBERED)(self._plan_summary)
         self._by_rows = functools.lru_cache(REMEMBERED)(self._plan_unsplit)
         self._is_tuned = functools.lru_cache(REMEMBERED)(lambda rows: bool(tuned and tuned.lookup(rows)))
         self.pays_from: dict[bool, int | None] = {}  # rows, by whether all of them decode; None: never
-        if self._models and cost is not None and cost.hardware.tiles:
-            cost.reach(most_rows)
+        for each in (cost, captured):
+            if self._models and each is not None and each.hardware.tiles:
+                each.reach(most_rows)
         if self._models and overlap == "auto":
             self.pays_from = {decode: self._find_least(decode) for decode in (True, False)}
 
     def plan(self, spans: Sequence[Span]) -> Plan:
         """The plan for a batch."""
+        plan = self._plan(spans)
+        return replace(plan, carve_out=True) if self.carve_out and plan.cut is not None else plan
+
+    def _plan(self, spans: Sequence[Span]) -> Plan:
         rows = sum(map(len, spans))
         if not self._models or rows == 0:
             return plan_step(self.overlap, rows, self.times)
@@ -69,6 +82,14 @@ class Planner:
         if self.overlap == "auto" and not self._may_split(rows, decode):
             return self._by_rows(rows, decode)
         return self._by_summary(summarise(spans))
+
+    def under(self, overlap: str) -> Planner:
+        """The planner of another mode, by what this one knows; tuned plans are of auto alone."""
+        if overlap == self.overlap:
+            return self
+        tuned = self.tuned if overlap == "auto" else None
+        known = (self.most_rows, self.carve_out, self.captured, self.captured_tokens)
+        return Planner(overlap, self.cost, self.times, tuned, *known)
 
     @property
     def basis(self) -> str:
@@ -92,9 +113,8 @@ class Planner:
         return least is not None and rows >= least and not self._is_tuned(rows)
 
     def _plan_summary(self, runs: Runs) -> Plan:
-        assert self.cost is not None
         batch = Batch(expand(runs))
-        step = Step(self.cost, batch)
+        step = Step(self._cost_of(batch.rows, all(chunk.tokens == chunk.wanted == 1 for _, chunk in runs)), batch)
         if self.overlap == "weave":
             choice, _ = weave_of(step)
             return plan_of(choice or Choice("fused"), batch.rows, "overlap=weave")
@@ -102,15 +122,20 @@ class Planner:
 
     def _plan_unsplit(self, rows: int, decode: bool) -> Plan:
         """What was tuned; or off or fused, which differ by the sums alone, hence by rows alone."""
+        step = Step(self._cost_of(rows, decode), trial(rows, decode))
+        return as_plan(decide(step, self.times, self.tuned, split=False), rows)
+
+    def _cost_of(self, rows: int, decode: bool) -> Cost:
+        """Of a batch of so many rows, which all decode or do not."""
         assert self.cost is not None
-        return as_plan(decide(Step(self.cost, trial(rows, decode)), self.times, self.tuned, split=False), rows)
+        return self.captured if self.captured and (decode or rows <= self.captured_tokens) else self.cost
 
     def _find_least(self, decode: bool) -> int | None:
         """The rows from which on a batch may be worth splitting."""
-        assert self.cost is not None
         contexts = DECODE_CONTEXTS if decode else (0,)
         for rows in trial_rows(self.most_rows):
-            steps = [Step(self.cost, trial(rows, decode, context)) for context in contexts]
+            cost = self._cost_of(rows, decode)
+            steps = [Step(cost, trial(rows, decode, context)) for context in contexts]
             if any(decide(step, self.times).choice.mode == "weave" for step in steps):
                 return max(2, rows // SAFETY)
         return None

@@ -6,15 +6,26 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from math import prod
 
 from torch import Tensor
 
 from tokenweave.engine.batch import Batch, Span
+from tokenweave.engine.buckets import Bounds
+from tokenweave.engine.capturer import Capturer
 from tokenweave.engine.kv_cache import allocate_storage
-from tokenweave.engine.memory import Memory, Meter, available_bytes, cache_bytes_left, explained, host_cache_bytes
+from tokenweave.engine.memory import (
+    Memory,
+    Meter,
+    available_bytes,
+    cache_bytes_left,
+    explained,
+    host_cache_bytes,
+    room_for_graphs,
+)
 from tokenweave.engine.runner import Runner
-from tokenweave.engine.sampler import SamplingRow, sample
+from tokenweave.engine.sampler import History, SamplingRow, sample
 from tokenweave.weave.plan import plan_step
 
 log = logging.getLogger(__name__)
@@ -27,7 +38,7 @@ DRAWN = SamplingRow(
     min_p=0.1,
     repetition_penalty=1.1,
     presence_penalty=0.1,
-    output_token_ids=(0,),
+    history=History(slot=0, start=0, token_ids=(0,)),
     suppressed_token_ids=(0,),
     logprobs=20,
 )
@@ -37,13 +48,15 @@ def allocate_cache(runner: Runner) -> None:
     """Give `runner` its `storage`, of as many blocks as asked for, else as the poorest rank has memory for, and its
     `memory`, which says what that is. Collective.
 
-    On CUDA the largest step is run first, and what it takes at most is left free, within gpu_memory_utilization. On a
-    CPU blocks are as many as max_num_seqs sequences of max_model_len need, within a share of the free memory.
+    On CUDA the largest step is run first, and what it takes at most is left free, within gpu_memory_utilization, and so
+    is what CUDA graphs take, of which a few are captured. On a CPU blocks are as many as max_num_seqs sequences of
+    max_model_len need, within a share of the free memory.
     Raises ValueError with the numbers, on every rank, where there is too little memory.
     """
     ranks, meter = runner.ranks, runner.meter
     memory = host_memory(runner) if meter is None else profile(runner, meter)
     runner.memory = memory = poorest(ranks.gather(memory), memory, runner.config.gpu_memory_utilization)
+    runner.most_graphs = memory.graphs or runner.most_graphs
     with ranks.together("allocating the KV cache"):
         runner.storage = allocate(runner, memory)
     if ranks.rank == 0:
@@ -66,12 +79,14 @@ def profile(runner: Runner, meter: Meter) -> Memory:
         run_largest_step(runner)
     runner.synchronize()
     peak_bytes = meter.read().peak_bytes
-    meter.restart()
-    now = meter.read()
-    left = cache_bytes_left(now.total_bytes, config.gpu_memory_utilization, peak_bytes, now.others_bytes)
+    now = replace(meter.restart(), peak_bytes=peak_bytes)
+    taken_bytes = measure_graphs(runner, meter)
+    graphs, graphs_bytes = room_for_graphs(taken_bytes, now.total_bytes) if taken_bytes else (0, 0)
+    assert runner.start is not None
+    left = cache_bytes_left(runner.start, now, config.gpu_memory_utilization, graphs_bytes)
     blocks = config.num_kv_blocks or min(max(blocks_wanted(runner), MOST_BLOCKS), left // block_bytes)
-    activations = peak_bytes - weights
-    return Memory(now.total_bytes, weights, activations, now.others_bytes, block_bytes, config.block_size, blocks)
+    sizes = (now.total_bytes, weights, peak_bytes - weights, now.others_bytes, block_bytes, config.block_size, blocks)
+    return Memory(*sizes, graphs, graphs_bytes)
 
 
 def run_largest_step(runner: Runner) -> None:
@@ -80,11 +95,43 @@ def run_largest_step(runner: Runner) -> None:
     sequences = min(config.max_num_seqs, config.max_num_batched_tokens)
     rows = min(config.max_num_batched_tokens, sequences * runner.max_model_len)
     batch = largest_batch(rows, sequences, config.block_size)
-    every = ("off", "fused", "weave") if runner.ranks.world_size > 1 else ("off",)
-    with tiny_cache(runner):
-        for mode in every if config.overlap == "auto" else (config.overlap,):
+    with tiny_cache(runner, None):
+        for mode in modes(runner):
             logits = runner.forward(batch, plan_step(mode, rows, None))
             sample(logits, [DRAWN] * sequences)
+
+
+def modes(runner: Runner) -> tuple[str, ...]:
+    """Of the plans that may come."""
+    every = ("off", "fused", "weave") if runner.ranks.world_size > 1 else ("off",)
+    return every if runner.config.overlap == "auto" else (runner.config.overlap,)
+
+
+def measure_graphs(runner: Runner, meter: Meter) -> list[int]:
+    """Bytes that some graphs take, the first with all that they share; [] where nothing is captured. No counter of
+    torch's tells what the driver keeps, so it is what the GPU has less of. Collective."""
+    with tiny_cache(runner, runner.capturer):
+        if runner.graphs is None:
+            return []
+        free_bytes = [meter.restart().free_bytes]
+        for batch in graph_batches(runner.graphs.bounds, runner.max_model_len):
+            plan = plan_step(modes(runner)[-1], batch.rows, None)
+            for _ in range(2):  # the second time it is captured
+                runner.forward(batch, plan)
+            runner.synchronize()
+            free_bytes.append(meter.restart().free_bytes)
+    prefill, decode, *others = [before - after for before, after in pairwise(free_bytes)]
+    return [prefill + decode, *others]
+
+
+def graph_batches(bounds: Bounds, max_model_len: int) -> list[Batch]:
+    """Steps of different graphs: a prefill and rows that decode, in turn, the largest first."""
+    batches = []
+    for shift in range(3):
+        tokens, rows = (max(1, most >> shift) for most in (bounds.prefill_tokens, bounds.decode_rows))
+        batches.append(largest_batch(tokens, -(-tokens // max_model_len), bounds.block_size))
+        batches.append(largest_batch(rows, rows, bounds.block_size))
+    return batches
 
 
 def largest_batch(rows: int, sequences: int, block_size: int) -> Batch:
@@ -96,9 +143,9 @@ def largest_batch(rows: int, sequences: int, block_size: int) -> Batch:
 
 
 @contextmanager
-def tiny_cache(runner: Runner) -> Iterator[None]:
-    """A cache of one block for a while. What is opened on it goes with it, and nothing is captured."""
-    capturer, runner.capturer = runner.capturer, None
+def tiny_cache(runner: Runner, captured_by: Capturer | None) -> Iterator[None]:
+    """A cache of one block for a while. What is opened on it goes with it, graphs as well."""
+    capturer, runner.capturer = runner.capturer, captured_by
     runner.storage = empty_storage(runner, 1)
     try:
         yield
@@ -109,11 +156,11 @@ def tiny_cache(runner: Runner) -> Iterator[None]:
 
 
 def poorest(everyone: list[Memory], mine: Memory, utilization: float) -> Memory:
-    """This rank's memory with the fewest blocks of any. Raises ValueError where a rank has room for none."""
+    """This rank's memory with the fewest blocks and graphs of any. ValueError, where a rank has room for no block."""
     least = min(everyone, key=lambda memory: memory.blocks)
     if least.blocks < 1:
         raise ValueError(no_room(everyone.index(least), least, utilization))
-    return replace(mine, blocks=least.blocks)
+    return replace(mine, blocks=least.blocks, graphs=min(memory.graphs for memory in everyone))
 
 
 def no_room(rank: int, memory: Memory, utilization: float) -> str:

@@ -8,6 +8,7 @@ from tokenweave.engine.batch import Batch
 from tokenweave.engine.tables import Capacity
 from tokenweave.weave.plan import Plan
 
+GRAPH_TOKENS = 1024  # of the largest prefill that is captured, on a GPU that nothing is known of
 DECODE_STEP = 8  # rows; below it buckets double
 PREFILL_STEPS = ((128, 16), (1024, 128), (4096, 256))  # up to so many tokens, buckets are so far apart
 LARGE_STEP = 1024
@@ -32,6 +33,7 @@ class Bucket:
     form: str  # of the sum, as in Plan
     attention_sms: int
     mlp_sms: int
+    carved_sms: int
     halves: tuple[Capacity, ...]
     starts: tuple[int, ...]  # of each half among the step's rows; padding comes last
 
@@ -49,29 +51,24 @@ class Bucket:
 
 def why_eager(batch: Batch, bounds: Bounds) -> str | None:
     """Why this batch is not captured; None: it is."""
-    if is_decode(batch):
+    if batch.decodes:
         most, what = bounds.decode_rows, "rows that decode"
     else:
         most, what = bounds.prefill_tokens, "tokens"
     if batch.rows > most:
         return f"{batch.rows} {what}, and at most {most} are captured"
-    if any(span.wanted > 1 for span in batch.spans):
+    if max(batch.wanted) > 1:
         return "a sequence wants logits of several rows"
     return None
 
 
-def is_decode(batch: Batch) -> bool:
-    """Whether every row makes logits for a sequence of its own."""
-    return all(len(span) == 1 and span.wanted == 1 for span in batch.spans)
-
-
 def bucket_of(batch: Batch, plan: Plan, bounds: Bounds) -> Bucket:
     """The bucket of a batch that is captured. Its last half is padded to the bucket's size."""
-    decode = is_decode(batch)
+    decode = batch.decodes
     size = decode_rows(batch.rows, bounds.decode_rows) if decode else prefill_tokens(batch.rows, bounds.prefill_tokens)
     starts = (0,) if plan.cut is None else (0, snapped(plan.cut, batch.rows))
     stops = (*starts[1:], size)
-    needed = max(-(-(span.context + len(span)) // bounds.block_size) for span in batch.spans)
+    needed = -(-max(batch.ends) // bounds.block_size)
     blocks = min(max(LEAST_BLOCKS, power_of_two(needed)), bounds.blocks)
     halves = tuple(
         decode_capacity(stop - start, blocks)
@@ -79,7 +76,7 @@ def bucket_of(batch: Batch, plan: Plan, bounds: Bounds) -> Bucket:
         else prefill_capacity(stop - start, len(batch.narrow(start, min(stop, batch.rows)).spans), blocks)
         for start, stop in zip(starts, stops, strict=True)
     )
-    return Bucket(plan.form, plan.attention_sms, plan.mlp_sms, halves, starts)
+    return Bucket(plan.form, plan.attention_sms, plan.mlp_sms, plan.carved_sms, halves, starts)
 
 
 def decode_capacity(rows: int, blocks: int) -> Capacity:

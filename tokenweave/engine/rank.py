@@ -13,10 +13,11 @@ import torch
 
 from tokenweave.comm.group import Ranks, Rendezvous, join
 from tokenweave.config import EngineConfig
-from tokenweave.cost.measure import measure_step_times
+from tokenweave.cost.measure import measure_carve_out, measure_step_times
 from tokenweave.cost.planner import Planner
 from tokenweave.engine.allocation import allocate_cache
-from tokenweave.engine.memory import explained, open_meter
+from tokenweave.engine.at_hand import graph_tokens
+from tokenweave.engine.memory import check_claim, explained, open_meter
 from tokenweave.engine.planning import open_planner
 from tokenweave.engine.runner import Runner
 from tokenweave.models.hub import resolve
@@ -36,8 +37,13 @@ class Rank:
     times: StepTimes | None  # measured for overlap="auto"
     planner: Planner
 
-    def close(self) -> None:
-        self.runner.close()
+    def abort(self, why: str) -> None:
+        """As Communicator.abort."""
+        self.runner.abort(why)
+
+    def close(self, failed: bool = False) -> None:
+        """failed: as Runner.close."""
+        self.runner.close(failed)
         self.ranks.leave()
 
 
@@ -65,21 +71,30 @@ def open_rank(
 def load_rank(config: EngineConfig, ranks: Ranks, observers: tuple[Observer, ...]) -> Rank:
     # Rank 0 downloads first; ranks of its host then find the model in the cache.
     ranks.first_rank_only("finding the model", lambda: prepare(config))
-    full = explained("the weights", "raise tensor_parallel_size, or free memory", open_meter(ranks.device), ValueError)
+    meter = open_meter(ranks.device)
+    with ranks.together("looking for free GPU memory"):
+        if meter is not None and config.num_kv_blocks is None:
+            check_claim(meter.restart(), config.gpu_memory_utilization)
+    full = explained("the weights", "raise tensor_parallel_size, or free memory", meter, ValueError)
     with ranks.together("loading the model"), full:
         folder = find_model(config)
         hf_config = read_config(folder)
         runner = Runner(config, ranks, folder, hf_config, observers)
     try:
         runner.connect()
+        runner.graph_tokens = graph_tokens(runner)
         allocate_cache(runner)
         # Not `together`, which would wait for ranks in mid-step: these see the connections of one that failed end.
+        carve_out = config.overlap in ("auto", "weave") and measure_carve_out(runner)
         measured = config.overlap == "auto" and ranks.world_size > 1
-        times = measure_step_times(runner) if measured else None
+        times = measure_step_times(runner, carve_out) if measured else None
         with ranks.together("reading what is known of this machine"):
-            planner = open_planner(runner, times)
+            planner = open_planner(runner, times, carve_out)
+        if runner.recorder is not None:
+            runner.recorder.clear()  # a timeline is of what the user asked for
     except BaseException:
-        runner.close()
+        runner.abort("it could not be opened")
+        runner.close(failed=True)
         raise
     return Rank(ranks, runner, folder, hf_config, times, planner)
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from functools import cached_property
 
 from tokenweave.comm.group import leave_default_group
 from tokenweave.config import EngineConfig
 from tokenweave.cost.choice import Choice
+from tokenweave.cost.measure import carving_pays
 from tokenweave.cost.planner import plan_of
 from tokenweave.engine.engine import Step, follow, run_step
 from tokenweave.engine.messages import Done, finish_call
@@ -45,13 +48,21 @@ class Stepper:
         capacity = len(runner.storage) * runner.config.block_size
         return min(capacity, runner.config.max_num_batched_tokens, runner.max_model_len)
 
+    @cached_property
+    def carve_out(self) -> bool:
+        """Of woven plans, as an LLM decides it when it starts: measured when it is first asked for."""
+        return self.rank.runner.carves and carving_pays(self.plan_seconds, self.most_rows)
+
     def seconds(self, case: tuple[int, Choice]) -> float:
         """Of one step of a prompt of so many rows: forward and sampling, on rank 0's clock. The first of a kind warms
-        up what is allocated or compiled then, and runs twice. Uses the cache's first blocks."""
+        up what is allocated or compiled then, and one that is captured is launched. Uses the cache's first blocks."""
         rows, choice = case
-        plan = plan_of(choice, rows, "tuning")
+        plan = replace(plan_of(choice, rows, "tuning"), carve_out=self.carve_out)
         if (rows, choice.mode) not in self._warm:
             self._warm.add((rows, choice.mode))
+            self.plan_seconds(plan)
+        graphs, batch = self.rank.runner.graphs, self.rank.runner.blank_batch(rows)
+        while graphs is not None and not graphs.settled(batch, plan):
             self.plan_seconds(plan)
         return self.plan_seconds(plan)
 
@@ -75,9 +86,11 @@ class Stepper:
         """failed: the ranks may be in mid-step."""
         if self.leads and not failed:
             self.rank.ranks.send(Done([]))
-        if failed and self._workers is not None:
-            self._workers.stop(force=True)
-        self.rank.close()  # before the default group: it destroys groups that depend on it
+        if failed:
+            self.rank.abort("it failed")
+        if self._workers is not None:
+            self._workers.stop(force=True) if failed else self._workers.dismiss()
+        self.rank.close(failed)  # before the default group: it destroys groups that depend on it
         self._stop()
 
     def _stop(self, force: bool = False) -> None:
