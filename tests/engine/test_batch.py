@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
+from array import array
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenweave.engine.batch import Batch, Span
+from tokenweave.engine.batch import INT32, Batch, Span
 from tokenweave.engine.half import Half
 from tokenweave.engine.inputs import inputs_of
 from tokenweave.engine.packing import upload
@@ -64,6 +68,32 @@ def test_a_cut_of_a_cut(batch, data):
     start = data.draw(st.integers(0, stop))
     inner = data.draw(st.integers(0, stop - start))
     assert batch.narrow(start, stop).narrow(inner, stop - start) == batch.narrow(start + inner, stop)
+
+
+@given(batch=BATCHES, data=st.data())
+@settings(deadline=None, derandomize=True)
+def test_as_others_get_it(batch, data):
+    rows_and_places = st.tuples(st.integers(0, batch.rows - 1), st.integers(0, 9))
+    batch = replace(batch, late=tuple(data.draw(st.lists(rows_and_places, max_size=3))))
+    spans = tuple(replace(span, block_table=array(INT32, span.block_table)) for span in batch.spans)
+    assert pickle.loads(pickle.dumps(batch)) == replace(batch, spans=spans)
+
+
+def test_nothing_as_others_get_it():
+    assert pickle.loads(pickle.dumps(Batch(()))) == Batch(())
+
+
+@given(batch=BATCHES)
+@settings(deadline=None, derandomize=True)
+def test_columns(batch):
+    assert batch.positions.tolist() == [position for span in batch.spans for position in range(span.context, end(span))]
+    assert batch.ends == list(map(end, batch.spans))
+    assert batch.rows == sum(batch.lengths) == sum(map(len, batch.spans))
+    assert batch.decodes == all(len(span) == span.wanted == 1 for span in batch.spans)
+
+
+def end(span: Span) -> int:
+    return span.context + len(span)
 
 
 def test_a_cut_through_the_middle_of_a_span():

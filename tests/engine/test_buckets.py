@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenweave.engine.batch import Batch, Span
-from tokenweave.engine.buckets import Bounds, bucket_of, decode_rows, is_decode, prefill_tokens, snapped, why_eager
+from tokenweave.engine.buckets import Bounds, bucket_of, decode_rows, prefill_tokens, snapped, why_eager
 from tokenweave.engine.inputs import padded_inputs_of
 from tokenweave.engine.tables import tables_of
 from tokenweave.weave.plan import Plan
@@ -45,7 +45,7 @@ def test_every_batch_fits_its_bucket(case):
     assert all(part.rows for part in parts)
     assert sum(part.rows for part in parts) == batch.rows
     for part, room in zip(parts, bucket.halves, strict=True):
-        inputs = padded_inputs_of(part, tables_of(part.spans, room, 2, BLOCK_SIZE))
+        inputs = padded_inputs_of(part, tables_of(part, room, 2, BLOCK_SIZE))
         assert len(inputs.token_ids) == room.tokens
         assert len(inputs.logits_rows) == room.rows >= len(part.wanted_rows())
     assert sum(room.tokens for room in bucket.halves) <= max(BOUNDS.decode_rows, BOUNDS.prefill_tokens)
@@ -59,7 +59,7 @@ def test_every_batch_fits_its_bucket(case):
 def test_a_bucket_says_all_that_its_shapes_depend_on(case):
     """A batch that fills the bucket gets the same one."""
     batch, plan = case
-    if why_eager(batch, BOUNDS) or not is_decode(batch):
+    if why_eager(batch, BOUNDS) or not batch.decodes:
         return
     bucket = bucket_of(batch, plan, BOUNDS)
     size = sum(room.tokens for room in bucket.halves)

@@ -20,7 +20,7 @@ DECODE = Batch(tuple(Span((7 + i,), 4 + i, (i, 9), 3, wanted=1) for i in range(3
 
 
 def full_inputs(batch: Batch) -> Inputs[np.ndarray]:
-    return inputs_of(batch, tables_of(batch.spans, capacity_of(batch.spans, BLOCK_SIZE), LAYERS, BLOCK_SIZE))
+    return inputs_of(batch, tables_of(batch, capacity_of(batch, BLOCK_SIZE), LAYERS, BLOCK_SIZE))
 
 
 def same(one: Inputs, other: Inputs) -> bool:
@@ -80,7 +80,7 @@ def test_late_tokens_without_a_step_before():
 
 def test_padding():
     room = Capacity(tokens=5, rows=5, spans=5, blocks=4, longest=1)
-    padded = padded_inputs_of(DECODE, tables_of(DECODE.spans, room, LAYERS, BLOCK_SIZE))
+    padded = padded_inputs_of(DECODE, tables_of(DECODE, room, LAYERS, BLOCK_SIZE))
     assert padded.token_ids.tolist() == [7, 8, 9, 0, 0]
     assert padded.positions.tolist() == [4, 5, 6, 0, 0]
     assert padded.logits_rows.tolist() == [0, 1, 2, 0, 0]

@@ -14,20 +14,12 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tests.checkpoints import prompt_batch
+from tests.waits import waits
 from tokenweave import LLM, SamplingParams
 from tokenweave.engine import engine
-from tokenweave.engine.sampler import GREEDY, SamplingRow, sample
-
-# Their results, or the shapes of their results, depend on values: the host waits for them.
-WAITING = {
-    *("_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "masked_select", "bincount"),
-    *("_unique", "_unique2", "unique_dim", "unique_consecutive", "nonzero_numpy"),
-}
-COUNTED = {"repeat_interleave.Tensor", "repeat_interleave.self_Tensor"}
-INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
+from tokenweave.engine.sampler import GREEDY, History, SamplingRow, sample
 
 
 class Waits(Exception):
@@ -36,9 +28,7 @@ class Waits(Exception):
 
 class NoWaits(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        masks = [one for one in tree_leaves(args[1:2]) if isinstance(one, torch.Tensor) and one.dtype == torch.bool]
-        if name in WAITING or f"{name}.{func._overloadname}" in COUNTED or (name in INDEXING and masks):
+        if waits(func, args):
             raise Waits(str(func))
         return func(*args, **(kwargs or {}))
 
@@ -92,7 +82,7 @@ def test_a_step(checkpoint, monkeypatch, name, overlap):
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
 def test_a_step_on_a_gpu(checkpoint, monkeypatch, name, eager):
-    """torch itself refuses what waits. A first call compiles and captures, which may."""
+    """torch itself refuses what waits. A first call compiles, and a second one captures, which may."""
     run_step = engine.run_step
 
     def watched(*step: Any) -> Any:
@@ -107,11 +97,11 @@ def test_a_step_on_a_gpu(checkpoint, monkeypatch, name, eager):
     with LLM(checkpoint(name, dtype="bfloat16"), enforce_eager=eager, progress=False, **options) as llm:
         assert llm._engine.overlapped
         prompts = prompt_batch(3, (3, 30, 1, 9, 12, 2))
-        first = llm.generate(prompts, params)
+        outputs = [llm.generate(prompts, params) for _ in range(2)]
         monkeypatch.setattr(engine, "run_step", watched)
-        again = llm.generate(prompts, params)
-    tokens = [[[one.token_ids for one in output.outputs] for output in outputs] for outputs in (first, again)]
-    assert tokens[0] == tokens[1]
+        outputs.append(llm.generate(prompts, params))
+    tokens = [[[one.token_ids for one in output.outputs] for output in call] for call in outputs]
+    assert tokens[0] == tokens[1] == tokens[2]
 
 
 KINDS = {
@@ -120,7 +110,7 @@ KINDS = {
     "top_k": SamplingRow(temperature=1.0, top_k=5),
     "nucleus": SamplingRow(temperature=1.0, top_p=0.9),
     "all filters": SamplingRow(temperature=1.0, top_k=50, top_p=0.9, min_p=0.1),
-    "penalised": SamplingRow(repetition_penalty=1.2, prompt_token_ids=(1, 2), output_token_ids=(3, 3), late=1),
+    "penalised": SamplingRow(repetition_penalty=1.2, history=History(0, 0, (1, 2, 3, 3), 1, 2)),
     "suppressed": SamplingRow(suppressed_token_ids=(4, 5)),
     "reported": SamplingRow(logprobs=5),
 }
@@ -128,7 +118,6 @@ KINDS = {
 
 @pytest.mark.parametrize("kinds", [*([kind] for kind in KINDS), list(KINDS)], ids=[*KINDS, "together"])
 def test_sampling_where_there_are_no_values(kinds):
-    """A large vocabulary, of which a nucleus is found in a part on a CPU alone."""
     rows = [replace(KINDS[kind], position=i) for i, kind in enumerate(kinds)]
     logits = torch.empty(len(rows), 50_000, device="meta")
     sampled = sample(logits, rows, torch.empty(3, dtype=torch.long, device="meta"))

@@ -6,7 +6,7 @@ import pytest
 
 from tests.checkpoints import BOS, EOS, byte_tokenizer
 from tokenweave.engine.request import Prompt, RequestState, start_request
-from tokenweave.engine.sampler import GREEDY, RowLogprobs
+from tokenweave.engine.sampler import GREEDY, History, RowLogprobs
 from tokenweave.engine.vocabulary import Vocabulary
 from tokenweave.outputs import Logprob
 from tokenweave.sampling_params import SamplingParams
@@ -155,14 +155,26 @@ def test_min_tokens_suppresses_every_end_until_they_are_out():
 
 def test_penalties_see_the_output_so_far():
     state = request(presence_penalty=1.0)
+    state.completions[0].slot = 3
     push(state, b"46")
-    assert state.completions[0].row().output_token_ids == tuple(b"46")
-    assert state.completions[0].row().prompt_token_ids == ()
+    assert state.completions[0].row().history == History(3, 0, tuple(b"46"))
 
 
 def test_repetition_sees_the_prompt_too():
-    row = request(repetition_penalty=1.5).completions[0].row()
-    assert row.prompt_token_ids == tuple(b"12+34=")
+    state = request(repetition_penalty=1.5)
+    state.completions[0].slot = 3
+    assert state.completions[0].row().history == History(3, 0, tuple(b"12+34="), prompt_len=6)
+
+
+def test_a_row_tells_only_what_is_new():
+    state = request(repetition_penalty=1.5)
+    one = state.completions[0]
+    one.slot = 0
+    for token in b"46":
+        one.row()
+        push(state, [token])
+    assert one.row().history == History(0, 7, (ord("6"),), prompt_len=6)
+    assert one.row().history == History(0, 8, (), prompt_len=6)
 
 
 def keys(**options) -> list[int]:
@@ -189,14 +201,17 @@ def test_completions_of_a_request_differ():
 def test_a_late_token_counts_where_its_id_does_not():
     state = request(temperature=1.0, min_tokens=2, repetition_penalty=1.5)
     one = state.completions[0]
+    one.slot = 0
     push(state, b"4")
     one.sequence.late, one.sequence.drawn_at = 1, 7
     late = one.row()
-    assert (late.position, late.suppressed_token_ids, late.output_token_ids, late.late) == (8, (), (ord("4"),), 7)
+    assert (late.position, late.suppressed_token_ids) == (8, ())
+    assert late.history == History(0, 0, (*b"12+34=", ord("4")), late=7, prompt_len=6)
     one.sequence.late = 0
     push(state, b"6")
     known = one.row()
-    assert (known.position, known.suppressed_token_ids, known.late) == (8, (), None)
+    assert (known.position, known.suppressed_token_ids) == (8, ())
+    assert known.history == History(0, 7, (ord("6"),), prompt_len=6)  # told again, now that it is known
 
 
 def test_late_tokens_are_of_no_account_to_a_plain_greedy_row():

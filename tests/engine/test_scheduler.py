@@ -341,6 +341,14 @@ def test_no_more_than_max_num_seqs_run_at_once(max_num_seqs):
     assert most == max_num_seqs
 
 
+def test_a_step_in_flight_keeps_its_block_table():
+    sequence = Sequence((1, 2, 3), arrival=0)
+    sequence.block_table.extend([7])
+    span = sequence.span(3)
+    sequence.block_table.extend([8])
+    assert list(span.block_table) == [7]
+
+
 # -- prefix reuse ------------------------------------------------------------------------------------------------------
 
 

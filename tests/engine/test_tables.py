@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tokenweave.engine.batch import Span
+from tokenweave.engine.batch import Batch, Span
 from tokenweave.engine.kv_cache import allocate_storage
 from tokenweave.engine.tables import Capacity, capacity_of, padded_starts, tables_of
 from tokenweave.models.attention import PagedAttention
@@ -25,12 +25,12 @@ EXACT = Capacity(tokens=9, rows=3, spans=3, blocks=3, shortest=1, longest=5, mos
 
 
 def made(capacity: Capacity = EXACT, spans=SPANS):
-    return tables_of(spans, capacity, LAYERS, BLOCK_SIZE)
+    return tables_of(Batch(tuple(spans)), capacity, LAYERS, BLOCK_SIZE)
 
 
 def test_what_spans_need():
-    assert capacity_of(SPANS, BLOCK_SIZE) == EXACT
-    assert capacity_of(SPANS[:1], BLOCK_SIZE) == Capacity(5, 0, 1, 2, shortest=5, longest=5, most_wanted=1)
+    assert capacity_of(Batch(SPANS), BLOCK_SIZE) == EXACT
+    assert capacity_of(Batch(SPANS[:1]), BLOCK_SIZE) == Capacity(5, 0, 1, 2, shortest=5, longest=5, most_wanted=1)
 
 
 def test_exact_tables():
@@ -51,6 +51,12 @@ def test_slots_are_rows_of_the_cache():
     assert found == [1, 4, 5, 6, 7, 8, 9]
     paged = PagedAttention(SPANS, storage)
     assert made().slots.tolist() == paged._written.tolist()
+
+
+def test_a_table_that_is_too_short_is_refused():
+    """Zeros in its place would be another sequence's block."""
+    with pytest.raises(ValueError, match="need more blocks of 4 than its table has"):
+        made(spans=(*SPANS[:2], span(3, 6, 5, 8, wanted=2)))
 
 
 def test_padding_belongs_to_spans_without_keys():

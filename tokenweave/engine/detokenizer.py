@@ -48,8 +48,9 @@ class Detokenizer:
         self._slide(token_id, text, certain, piece)
         return piece
 
-    def finish(self) -> str:
-        """What was held back, as far as it decodes."""
+    def finish(self, token_ids: Sequence[int] = ()) -> str:
+        """What was held back, and the text of the last `token_ids`, as far as it decodes."""
+        self._pending += token_ids
         piece = self._emit(self._decode(self._context + self._pending))
         self._context, self._pending = self._context + self._pending, []
         return piece

@@ -13,6 +13,7 @@ from tokenweave.config import EngineConfig
 from tokenweave.cost.planner import Planner
 from tokenweave.engine.batch import Batch
 from tokenweave.engine.fetch import Fetch
+from tokenweave.engine.histories import Slots
 from tokenweave.engine.kv_cache import BlockPool
 from tokenweave.engine.memory import explained
 from tokenweave.engine.prompts import Limits
@@ -44,7 +45,7 @@ def run_step(runner: Runner, step: Step, previous: Sampled | None = None) -> Sam
     token_ids = None if previous is None else previous.token_ids
     with explained(f"a step of {step.batch.rows} rows", LOWER, runner.meter):
         logits = runner.forward(step.batch, step.plan, token_ids)
-        return sample(logits, step.rows, token_ids)
+        return sample(logits, step.rows, token_ids, runner.histories)
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Engine:
         pool = BlockPool(len(runner.storage), config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(pool, config.max_num_batched_tokens, config.max_num_seqs, config.policy)
         self.limits = Limits(runner.spec.vocab_size, runner.max_model_len, pool.num_blocks * config.block_size)
+        self.slots = Slots()
         self.requests_seen = 0
         asked = config.async_scheduling
         self.overlapped = ranks.device.type == "cuda" if asked is None else asked
@@ -100,7 +102,7 @@ class Engine:
         finally:
             for _, completion in running.values():
                 if completion.finish_reason is None:
-                    self.scheduler.finish(completion.sequence)
+                    self._end(completion)
 
     def _plain(self, running: Running) -> Iterator[list[RequestState]]:
         """Launch a step, take in its tokens."""
@@ -120,8 +122,6 @@ class Engine:
         if not self.scheduler.busy:
             return None
         scheduled = self.scheduler.schedule()
-        for one in scheduled:
-            note_start(running[id(one.sequence)][0], one)
         step, drawing = self._describe(scheduled, running)
         self.scheduler.launched(scheduled)
         self.ranks.send(step)
@@ -132,13 +132,17 @@ class Engine:
         self, scheduled: list[Scheduled], running: Running
     ) -> tuple[Step, list[tuple[RequestState, Completion]]]:
         """The step as every rank needs it, and the completions that get a token from it."""
-        batch = Batch(tuple(one.sequence.span(one.count) for one in scheduled), late_rows(scheduled))
-        wanting = zip(scheduled, batch.spans, strict=True)
-        drawing = [running[id(one.sequence)] for one, span in wanting if span.wanted]
-        step = Step(batch, self.planner.plan(batch.spans), tuple(completion.row() for _, completion in drawing))
+        spans = [one.sequence.span(one.count) for one in scheduled]
+        batch = Batch(tuple(spans), late_rows(scheduled))
+        owners = [running[id(one.sequence)] for one in scheduled]
+        drawing = [owner for owner, span in zip(owners, spans, strict=True) if span.wanted]
+        rows = [completion.every_row or self._row(completion) for _, completion in drawing]
+        for (request, _), span in zip(owners, spans, strict=True):
+            if request.first_scheduled_s is None:
+                note_start(request, span.context)
         for at, (_, completion) in enumerate(drawing):
             completion.sequence.drawn_at = at
-        return step, drawing
+        return Step(batch, self.planner.plan(spans), tuple(rows)), drawing
 
     def _take_in(self, launched: Launched) -> list[RequestState]:
         """Wait for a step's tokens and pass them on. A text that has ended meanwhile wants none."""
@@ -156,9 +160,20 @@ class Engine:
         """A token is out."""
         request.first_token_s = request.first_token_s or now_s
         if completion.finish_reason is not None:
-            self.scheduler.finish(completion.sequence)
-        if request.finished:
-            request.finished_s = now_s
+            self._end(completion)
+            if request.finished:
+                request.finished_s = now_s
+
+    def _row(self, completion: Completion) -> SamplingRow:
+        if completion.params.penalised and completion.slot is None:
+            completion.slot = self.slots.take()
+        return completion.row()
+
+    def _end(self, completion: Completion) -> None:
+        """It wants no more tokens."""
+        self.scheduler.finish(completion.sequence)
+        if completion.slot is not None:
+            self.slots.give_back(completion.slot)
 
     def _start(self, prompt: Prompt) -> RequestState:
         request = start_request(self.requests_seen, prompt, self._salt(prompt), self.config.seed, self.vocabulary)
@@ -174,17 +189,16 @@ class Engine:
         return len(prompt.token_ids) if dynamic else 0
 
 
-def note_start(request: RequestState, scheduled: Scheduled) -> None:
+def note_start(request: RequestState, cached_tokens: int) -> None:
     """Keep when a request was first scheduled, and how much of it was cached then."""
-    if request.first_scheduled_s is None:
-        request.first_scheduled_s = time.monotonic()
-        request.cached_tokens = scheduled.sequence.computed
+    request.first_scheduled_s = time.monotonic()
+    request.cached_tokens = cached_tokens
 
 
 def late_rows(scheduled: list[Scheduled]) -> tuple[tuple[int, int], ...]:
     """As Batch.late: (row, place among the tokens that the step before draws) of each token that is not known yet."""
-    rows = zip(accumulate(one.count for one in scheduled), scheduled, strict=True)
-    return tuple((stop - 1, one.sequence.drawn_at) for stop, one in rows if one.sequence.late)
+    rows = zip(accumulate([one.count for one in scheduled]), scheduled, strict=True)
+    return tuple([(stop - 1, one.sequence.drawn_at) for stop, one in rows if one.sequence.late])
 
 
 def follow(runner: Runner, ranks: Ranks) -> Iterator[Any]:

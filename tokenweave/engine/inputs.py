@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any, Generic
 
 import numpy as np
@@ -33,53 +33,38 @@ class Inputs(Generic[Array]):
     @property
     def arrays(self) -> list[Array]:
         late = () if self.sources is None else (self.sources,)
-        return [self.token_ids, self.positions, self.logits_rows, *late, *arrays_of(self.tables)]
+        return [self.token_ids, self.positions, self.logits_rows, *late, *(self.tables.arrays if self.tables else ())]
 
     def holding(self, arrays: Iterable[Any]) -> Inputs[Any]:
         """The same with other `arrays`, as on another device."""
         left = iter(arrays)
         token_ids, positions, logits_rows = (next(left) for _ in range(3))
         sources = None if self.sources is None else next(left)
-        tables: Any = self.tables and replace(self.tables, **dict(zip(names_of(self.tables), left, strict=True)))
+        tables: Any = self.tables and Tables(self.tables.capacity, *left)
         return Inputs(token_ids, positions, logits_rows, sources, tables)
-
-
-def names_of(tables: Tables[Any]) -> list[str]:
-    return [field.name for field in fields(tables) if field.name != "capacity"]
-
-
-def arrays_of(tables: Tables[Array] | None) -> list[Array]:
-    return [] if tables is None else [getattr(tables, name) for name in names_of(tables)]
 
 
 def inputs_of(batch: Batch, tables: Tables[np.ndarray] | None) -> Inputs[np.ndarray]:
     """The inputs of exactly this batch."""
-    tokens = [token for span in batch.spans for token in span.tokens]
-    positions = [np.arange(span.context, span.context + len(span)) for span in batch.spans]
-    return Inputs(
-        np.array(tokens, np.int64),
-        np.concatenate(positions, dtype=np.int64),
-        np.array(batch.wanted_rows(), np.int64),
-        sources_of(batch, len(tokens)) if batch.late else None,
-        tables,
-    )
+    arrays = rows_of(batch, batch.rows, len(batch.wanted_rows()))
+    return Inputs(*arrays, sources_of(batch, batch.rows) if batch.late else None, tables)
 
 
 def padded_inputs_of(batch: Batch, tables: Tables[np.ndarray]) -> Inputs[np.ndarray]:
     """The inputs of this batch, padded to the capacity of its tables with token 0 at position 0, and with logits of
     row 0. Where it has no late token, its sources say so: they are always there."""
-    exact, capacity = inputs_of(batch, None), tables.capacity
-    return Inputs(
-        padded(exact.token_ids, capacity.tokens),
-        padded(exact.positions, capacity.tokens),
-        padded(exact.logits_rows, capacity.rows),
-        sources_of(batch, capacity.tokens),
-        tables,
-    )
+    capacity = tables.capacity
+    arrays = rows_of(batch, capacity.tokens, capacity.rows)
+    return Inputs(*arrays, sources_of(batch, capacity.tokens), tables)
 
 
-def padded(array: np.ndarray, size: int) -> np.ndarray:
-    return np.concatenate((array, np.zeros(size - len(array), array.dtype)))
+def rows_of(batch: Batch, tokens: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(token ids, positions, rows that make logits), with zeros behind them up to so many."""
+    token_ids, positions, logits_rows = (np.zeros(size, np.int64) for size in (tokens, tokens, rows))
+    token_ids[: batch.rows] = [token for span in batch.spans for token in span.tokens]
+    positions[: batch.rows] = batch.positions
+    logits_rows[: len(batch.wanted_rows())] = batch.wanted_rows()
+    return token_ids, positions, logits_rows
 
 
 def sources_of(batch: Batch, tokens: int) -> np.ndarray:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
+
+INT64 = "q"  # as `array` calls it
 
 
 def allocate_storage(
@@ -29,7 +31,7 @@ def block_digests(tokens: Sequence[int], block_size: int, salt: int, known: list
     digests = list(known)
     for start in range(len(known) * block_size, len(tokens) - block_size + 1, block_size):
         parent = digests[-1] if digests else salt.to_bytes(8, "little")
-        block = np.asarray(tokens[start : start + block_size], dtype=np.int64).tobytes()
+        block = array(INT64, tokens[start : start + block_size]).tobytes()
         digests.append(hashlib.blake2b(parent + block, digest_size=16).digest())
     return digests
 

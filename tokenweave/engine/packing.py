@@ -27,12 +27,9 @@ def pack(halves: Sequence[Inputs[np.ndarray]], device: torch.device) -> Tensor:
     It is pinned, since from pageable memory a copy waits for all that is queued on the device; and new in each step:
     torch hands pinned memory out again only when copies from it that were queued are done.
     """
-    arrays = [array for half in halves for array in half.arrays]
-    places = places_of(arrays)
-    packed = torch.empty(places[-1].stop, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    view = packed.numpy()
-    for place, array in zip(places, arrays, strict=True):
-        view[place.start : place.start + array.nbytes] = array.reshape(-1).view(np.uint8)
+    whole = b"".join([array.tobytes().ljust(aligned(array.nbytes), b"\0") for half in halves for array in half.arrays])
+    packed = torch.empty(len(whole), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    packed.numpy()[:] = np.frombuffer(whole, np.uint8)
     return packed
 
 
@@ -45,8 +42,12 @@ def unpack(packed: Tensor, halves: Sequence[Inputs[np.ndarray]]) -> list[Inputs[
 
 def places_of(arrays: Sequence[np.ndarray]) -> list[slice]:
     """The bytes of each array in the packed buffer; they depend on shapes alone."""
-    sizes = [-(-array.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for array in arrays]
+    sizes = [aligned(array.nbytes) for array in arrays]
     return [slice(stop - size, stop) for size, stop in zip(sizes, accumulate(sizes), strict=True)]
+
+
+def aligned(size: int) -> int:
+    return -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def view_of(packed: Tensor, place: slice, like: np.ndarray) -> Tensor:

@@ -40,6 +40,20 @@ def as_list(prompts: Any) -> list[Any]:
     return [prompts] if all(is_integer(one) for one in prompts) else list(prompts)
 
 
+def as_conversations(messages: Any) -> list[list[dict[str, Any]]]:
+    """list[dict]: one conversation; list of them: several. Not every chat template refuses what is neither."""
+    conversations = [messages] if are_all(messages, dict) and messages else messages
+    if not are_all(conversations, list | tuple) or not all(are_all(one, dict) for one in conversations):
+        raise TypeError(
+            f'messages must be a list of {{"role", "content"}}, or a list of such lists, got {messages!r:.100}'
+        )
+    return list(conversations)
+
+
+def are_all(values: Any, kind: Any) -> bool:
+    return isinstance(values, list | tuple) and all(isinstance(value, kind) for value in values)
+
+
 def as_params(params: Any, count: int) -> list[SamplingParams]:
     """One SamplingParams for all prompts, or one for each."""
     if params is None or isinstance(params, SamplingParams):
@@ -86,7 +100,8 @@ def tokenize(name: str, prompt: Any, tokenizer: Any) -> Sequence[int]:
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ValueError(
-                f"{name} is text, but the model folder has no tokenizer; add one, or pass token ids (in Python)"
+                f"{name} is text, but the model folder has no tokenizer; add one, or pass token ids (in Python); "
+                "`tokenweave bench` makes prompts of its own"
             )
         if not prompt:
             raise ValueError(f"{name} is empty; expected at least one character; give it some text")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from tokenweave.engine.detokenizer import Detokenizer
+from tokenweave.engine.output_text import OutputText
 from tokenweave.engine.random import request_key
-from tokenweave.engine.sampler import RowLogprobs, SamplingRow, sampling_row
+from tokenweave.engine.sampler import History, RowLogprobs, SamplingRow, sampling_row
 from tokenweave.engine.sequence import Sequence
-from tokenweave.engine.stop_checker import StopChecker
 from tokenweave.engine.vocabulary import Vocabulary
 from tokenweave.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput
 from tokenweave.sampling_params import SamplingParams
@@ -35,30 +34,36 @@ class Completion:
         self.sequence = sequence
         self.vocabulary = vocabulary
         self.key = key
-        self.text = ""
         self.logprobs: list[dict[int, Logprob]] = []
         self.cumulative_logprob = 0.0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
-        self._detokenizer = None
-        if vocabulary.tokenizer is not None:
-            self._detokenizer = Detokenizer(vocabulary.tokenizer, prompt.token_ids, self.params.skip_special_tokens)
-        self._stops = StopChecker(self.params.stop or (), self.params.include_stop_str_in_output)
+        self.slot: int | None = None  # where ranks keep the tokens that penalties count
+        self.told = 0  # how many of them they were told
+        self._text = OutputText(vocabulary.tokenizer, prompt.token_ids, self.params)
+        alike = self.params.greedy and not self.params.penalised and self.params.min_tokens == 0
+        self.every_row = sampling_row(self.params, key, 0, 0) if alike else None  # of all tokens, where none differs
 
     def row(self) -> SamplingRow:
-        """How the next token is to be drawn."""
-        sequence, eos = self.sequence, self.vocabulary.eos_token_ids
-        if self.params.greedy and self.plain:
-            return sampling_row(self.params, self.key, (), ())
-        late = sequence.drawn_at if sequence.late else None
-        return sampling_row(self.params, self.key, sequence.prompt, sequence.output, eos, late)
+        """How the next token is to be drawn. For one step: the next row tells only what this one did not."""
+        if self.every_row is not None:
+            return self.every_row
+        sequence, params, prompt_len = self.sequence, self.params, len(self.sequence.prompt)
+        history = self._history() if params.penalised else None
+        out = sequence.length - prompt_len
+        return sampling_row(params, self.key, prompt_len, out, self.vocabulary.eos_token_ids, history)
 
-    @property
-    def plain(self) -> bool:
-        """Nothing about the next token depends on those before it, except through the model."""
-        params = self.params
-        penalties = (params.repetition_penalty - 1, params.presence_penalty, params.frequency_penalty)
-        return params.min_tokens == 0 and not any(penalties)
+    def _history(self) -> History:
+        """Of the tokens that its penalties count: the prompt's are of use to the repetition penalty alone."""
+        assert self.slot is not None  # the engine gives it one
+        sequence, prompt_len = self.sequence, len(self.sequence.prompt)
+        whole = self.params.repetition_penalty != 1
+        first = 0 if whole else prompt_len
+        new = tuple(sequence.tokens[first + self.told :])
+        late = sequence.drawn_at if sequence.late else None
+        history = History(self.slot, self.told, new, late, prompt_len if whole else 0)
+        self.told = history.known
+        return history
 
     def push(self, token_id: int, logprobs: RowLogprobs | None) -> None:
         """A token was drawn. Sets finish_reason when it is the last."""
@@ -67,18 +72,17 @@ class Completion:
             self._push_logprobs(logprobs)
         count = len(self.sequence.tokens) - len(self.sequence.prompt)
         free_to_stop = count >= self.params.min_tokens
-        if self._detokenizer is not None:
-            self.text += self._stops.push(self._detokenizer.push(token_id), scan=free_to_stop)
-        if self._stops.matched is not None:
-            self.finish_reason, self.stop_reason = "stop", self._stops.matched
+        matched = self._text.push(token_id, scan=free_to_stop)
+        if matched is not None:
+            self.finish_reason, self.stop_reason = "stop", matched
         elif free_to_stop and token_id in (self.params.stop_token_ids or ()):
             self.finish_reason, self.stop_reason = "stop", token_id
         elif free_to_stop and not self.params.ignore_eos and token_id in self.vocabulary.eos_token_ids:
             self.finish_reason = "stop"
         elif count >= self.max_tokens:
             self.finish_reason = "length"
-        if self.finish_reason is not None and self._detokenizer is not None and self._stops.matched is None:
-            self.text += self._stops.push(self._detokenizer.finish(), scan=False) + self._stops.finish()
+        if self.finish_reason is not None:
+            self._text.finish()
 
     def _push_logprobs(self, row: RowLogprobs) -> None:
         tokens = [self._decode(token_id) for token_id in row.token_ids]
@@ -93,7 +97,7 @@ class Completion:
         asked = self.params.logprobs is not None
         return CompletionOutput(
             index=self.index,
-            text=self.text,
+            text=self._text.read(),
             token_ids=self.sequence.output,
             cumulative_logprob=self.cumulative_logprob if asked else None,
             logprobs=list(self.logprobs) if asked else None,

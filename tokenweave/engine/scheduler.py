@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
+from tokenweave.engine.batch import INT32
 from tokenweave.engine.kv_cache import BlockPool
 from tokenweave.engine.policy import Policy
 from tokenweave.engine.sequence import Sequence
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # as Span
 class Scheduled:
     sequence: Sequence
     count: int  # tokens to compute in this step
@@ -49,25 +51,28 @@ class Scheduler:
         scheduled: list[Scheduled] = []
         budget = self.max_num_batched_tokens
         for sequence in list(self.running):
-            if budget == 0 or sequence not in self.running:
+            if budget == 0 or not sequence.block_table:  # without blocks: it was preempted for one before it
                 continue
-            count = self._count(sequence, budget)
-            if self._make_room(sequence, count, done=[one.sequence for one in scheduled]):
-                self._grow(sequence, count)
+            count = 1 if sequence.left == 1 else self._count(sequence, budget)  # with one left there is no choice
+            if self._make_room(sequence, count, scheduled):
                 scheduled.append(Scheduled(sequence, count))
                 budget -= count
         return scheduled
 
-    def _make_room(self, sequence: Sequence, count: int, done: list[Sequence]) -> bool:
-        """Free blocks for `count` more tokens, preempting others if need be; False if `sequence` itself had to go.
+    def _make_room(self, sequence: Sequence, count: int, scheduled: Items[Scheduled]) -> bool:
+        """Take blocks for `count` more tokens, preempting others if need be; False if `sequence` itself had to go.
 
         The one that has run longest stays, so that it ends, and so do all others in turn, whatever the policy chooses.
         """
-        while self._missing(sequence, count) > self.pool.num_free:
+        missing = self.pool.blocks_for(sequence.computed + count) - len(sequence.block_table)
+        while missing > self.pool.num_free:
+            done = [one.sequence for one in scheduled]
             victim = self._choose("preempt", [one for one in self.running[1:] if one not in done])
             self.preempt(victim)
             if victim is sequence:
                 return False
+        if missing > 0:
+            sequence.block_table.extend(self.pool.take(missing))
         return True
 
     def _start_waiting(self, budget: int) -> list[Scheduled]:
@@ -94,8 +99,8 @@ class Scheduler:
         sequence.computed = len(cached) * self.pool.block_size
         count = self._count(sequence, budget)
         self.pool.reuse(cached)
-        sequence.block_table, sequence.published = cached, len(cached)
-        self._grow(sequence, count)
+        sequence.block_table, sequence.published = array(INT32, cached), len(cached)
+        self._make_room(sequence, count, [])
         self.waiting.remove(sequence)
         self.running.append(sequence)
         return count
@@ -124,12 +129,6 @@ class Scheduler:
         usable = (len(sequence.tokens) - 1) // self.pool.block_size
         return self.pool.match(sequence.digest(self.pool.block_size)[:usable])
 
-    def _missing(self, sequence: Sequence, count: int) -> int:
-        return self.pool.blocks_for(sequence.computed + count) - len(sequence.block_table)
-
-    def _grow(self, sequence: Sequence, count: int) -> None:
-        sequence.block_table += self.pool.take(max(0, self._missing(sequence, count)))
-
     def preempt(self, sequence: Sequence) -> None:
         """Back to the queue; what was computed is computed again later, or found in the prefix cache."""
         self.running.remove(sequence)
@@ -153,4 +152,5 @@ class Scheduler:
         for place in (self.running, self.waiting):
             if sequence in place:
                 place.remove(sequence)
+                break
         sequence.release(self.pool)

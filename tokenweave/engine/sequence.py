@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
-from tokenweave.engine.batch import Span
+from tokenweave.engine.batch import INT32, Span
 from tokenweave.engine.kv_cache import BlockPool, block_digests
 
 
@@ -25,7 +26,7 @@ class Sequence:
     computed: int = 0
     late: int = 0
     drawn_at: int = 0  # where its token is among those that the step before draws, if one is late
-    block_table: list[int] = field(default_factory=list)
+    block_table: array[int] = field(default_factory=lambda: array(INT32))
     published: int = 0  # blocks whose prefix others may take up
     digests: list[bytes] = field(default_factory=list)
     preemptions: int = 0
@@ -45,29 +46,26 @@ class Sequence:
     @property
     def left(self) -> int:
         """Tokens to compute before the next one can be sampled."""
-        return self.length - self.computed
+        return len(self.tokens) + self.late - self.computed
 
     @property
     def full(self) -> bool:
         """It has all the tokens that it may have."""
-        return self.max_tokens is not None and self.length >= len(self.prompt) + self.max_tokens
+        return self.max_tokens is not None and len(self.tokens) + self.late >= len(self.prompt) + self.max_tokens
 
     def span(self, count: int) -> Span:
         """The next `count` tokens to compute; 0 stands for a late one."""
         stop = self.computed + count
-        known = self.tokens[self.computed : stop]
-        return Span(
-            tokens=(*known, *(0,) * (count - len(known))),
-            context=self.computed,
-            block_table=tuple(self.block_table),
-            prompt_len=len(self.prompt),
-            wanted=int(stop == self.length),
-        )
+        known = tuple(self.tokens[self.computed : stop])
+        tokens = known if len(known) == count else known + (0,) * (count - len(known))
+        wanted = 1 if count == self.left else 0
+        return Span(tokens, self.computed, self.block_table[:], len(self.prompt), wanted)
 
     def advance(self, count: int) -> None:
         """A step that computes `count` tokens more is launched; after the last of them it draws another."""
         self.computed += count
-        self.late += self.computed == self.length
+        if self.left == 0:
+            self.late += 1
 
     def digest(self, block_size: int) -> list[bytes]:
         """A digest for each full block of the tokens that are known."""
@@ -86,4 +84,4 @@ class Sequence:
     def release(self, pool: BlockPool) -> None:
         """Give the blocks back; what they held has to be computed again (or found cached)."""
         pool.release(self.block_table)
-        self.block_table, self.computed, self.published = [], 0, 0
+        self.block_table, self.computed, self.published = array(INT32), 0, 0

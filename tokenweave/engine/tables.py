@@ -6,14 +6,16 @@ right for any contents. What a half does not fill is padding.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from operator import gt
 from typing import Generic, TypeVar
 
 import numpy as np
 
-from tokenweave.models.attention import Span
+from tokenweave.engine.batch import INT32, Batch
 
 Array = TypeVar("Array")  # np.ndarray on the host, torch.Tensor on the device
 
@@ -47,37 +49,49 @@ class Tables(Generic[Array]):
     kv_lengths: Array  # int32 [spans]: keys visible after this step
     block_tables: Array  # int32 [spans, blocks]
 
-
-def capacity_of(spans: Sequence[Span], block_size: int) -> Capacity:
-    """What exactly these spans need."""
-    lengths = [len(span) for span in spans]
-    keys = max(span.context + len(span) for span in spans)
-    wanted = [span.wanted for span in spans]
-    blocks = -(-keys // block_size)
-    return Capacity(sum(lengths), sum(wanted), len(spans), blocks, min(lengths), max(lengths), max(1, *wanted))
+    @property
+    def arrays(self) -> list[Array]:
+        return [self.slots, self.query_starts, self.tail_starts, self.kv_lengths, self.block_tables]
 
 
-def tables_of(spans: Sequence[Span], capacity: Capacity, num_layers: int, block_size: int) -> Tables[np.ndarray]:
-    """The tables of these spans, one after the other, padded to `capacity`.
+def capacity_of(batch: Batch, block_size: int) -> Capacity:
+    """What exactly this batch needs."""
+    lengths, blocks = batch.lengths, -(-max(batch.ends) // block_size)
+    counts = (batch.rows, sum(batch.wanted), len(lengths), blocks)
+    return Capacity(*counts, min(lengths), max(lengths), max(1, max(batch.wanted)))
+
+
+def tables_of(batch: Batch, capacity: Capacity, num_layers: int, block_size: int) -> Tables[np.ndarray]:
+    """The tables of a batch, padded to `capacity`.
 
     Padding tokens belong to padding spans: one each, and what is left to the last. ValueError: they do not fit.
     """
-    check_room(spans, capacity, block_size)
+    check_room(capacity_of(batch, block_size), capacity)
     kv_lengths = np.zeros(capacity.spans, np.int32)
-    block_tables = np.zeros((capacity.spans, capacity.blocks), np.int32)
+    kv_lengths[: len(batch.ends)] = batch.ends
+    block_tables = block_tables_of(batch, capacity, block_size)
+    position = batch.positions
+    block = block_tables[batch.owners, position // block_size].astype(np.int64)
     slots = np.full(capacity.tokens, -1, np.int64)
-    at = 0
-    for i, span in enumerate(spans):
-        kv_lengths[i] = span.context + len(span)
-        used = -(-int(kv_lengths[i]) // block_size)
-        block_tables[i, :used] = span.block_table[:used]
-        position = np.arange(span.context, kv_lengths[i])
-        block = block_tables[i, position // block_size].astype(np.int64)
-        slots[at : at + len(span)] = block * (2 * num_layers * block_size) + position % block_size
-        at += len(span)
-    query_starts = padded_starts([len(span) for span in spans], capacity.spans, capacity.tokens)
-    tail_starts = padded_starts([span.wanted for span in spans], capacity.spans, capacity.rows)
+    slots[: batch.rows] = block * (2 * num_layers * block_size) + position % block_size
+    query_starts = padded_starts(batch.lengths, capacity.spans, capacity.tokens)
+    tail_starts = padded_starts(batch.wanted, capacity.spans, capacity.rows)
     return Tables(capacity, slots, query_starts, tail_starts, kv_lengths, block_tables)
+
+
+def block_tables_of(batch: Batch, capacity: Capacity, block_size: int) -> np.ndarray:
+    """int32 [spans, blocks] of `capacity`: of each span's table the blocks that hold its keys, then zeros.
+
+    ValueError: a table has fewer blocks than its keys need.
+    """
+    used_bytes = [4 * -(-end // block_size) for end in batch.ends]
+    whole = [array(INT32, span.block_table).tobytes() for span in batch.spans]
+    if any(map(gt, used_bytes, map(len, whole))):
+        raise ValueError(f"a sequence's keys need more blocks of {block_size} than its table has; this is a bug")
+    width = 4 * capacity.blocks
+    rows = [table[:used].ljust(width, b"\0") for table, used in zip(whole, used_bytes, strict=True)]
+    packed = bytearray(b"".join(rows).ljust(capacity.spans * width, b"\0"))
+    return np.frombuffer(packed, np.int32).reshape(capacity.spans, capacity.blocks)
 
 
 def padded_starts(lengths: Sequence[int], spans: int, total: int) -> np.ndarray:
@@ -88,9 +102,8 @@ def padded_starts(lengths: Sequence[int], spans: int, total: int) -> np.ndarray:
     return np.array([0, *accumulate(padded)], np.int32)
 
 
-def check_room(spans: Sequence[Span], capacity: Capacity, block_size: int) -> None:
-    """ValueError, where these spans do not fit, or padding tokens would have no span to belong to."""
-    needed = capacity_of(spans, block_size)
+def check_room(needed: Capacity, capacity: Capacity) -> None:
+    """ValueError, where what is needed does not fit, or padding tokens would have no span to belong to."""
     room = ("tokens", "rows", "spans", "blocks", "longest", "most_wanted")
     fits = all(getattr(needed, name) <= getattr(capacity, name) for name in room)
     spare = capacity.spans - needed.spans
