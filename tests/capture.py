@@ -82,6 +82,9 @@ class Recording:
         flying: list[tuple[Any, list[ByteRange]]] = []
         for op in self.ops:
             args, kwargs = present(op.args), present(op.kwargs)
+            if not flying and op.func.namespace != "c10d":
+                store(op.result, op.func(*args, **kwargs))
+                continue
             reads, writes = accesses(op.func, args, kwargs, op.result)
             touched = [byte_range(tensor) for tensor in (*reads, *writes)]
             if op.func.namespace == "c10d":
