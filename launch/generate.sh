@@ -17,7 +17,8 @@ is written to tokenweave-trace.json and a picture beside it.
   echo '12+34=' | launch/generate.sh -
 
 launch options:
-  --nproc N           ranks on this machine (default: 8, 4 or 2, as there are GPUs; 2 without)
+  --nproc N           ranks on this machine (default: 8, 4 or 2, as there are GPUs; with
+                      fewer 2, on the CPU: on one GPU give --nproc 1)
   --nnodes N          machines (default: 1). On several machines, start this script on each, with the same arguments and
   --node-rank R         this machine's number, 0 to N-1,
   --master-addr HOST    a name or address of machine 0 that all can reach,

@@ -17,12 +17,13 @@ environment of its own first (see launch/generate.sh). Takes a few minutes, and 
      FlashInfer's fused kernel (where installed), each with an RMSNorm.
   3. Verdict on 8 GPUs, hidden size 8192, bf16: 8192 rows in at most 530 us by 4 CTAs and 800 us by 2, 256 rows in 24 us.
 
-It writes CSV files (tokenweave_figure_4.csv and _10.csv have the published columns, and can be used in their place by
-whatever reads those), kernel.json, kernel.md and plots. Exit code 0: right, and fast enough or not judged; 1: not.
+It prints its tables and the verdict, and writes kernel.md, kernel.json, plots and CSV files; tokenweave_figure_4.csv and
+_10.csv have the published columns, for `tokenweave plan --collectives DIR`. Exit code 0: right, and fast enough or not
+judged; 1: not.
 
   --nproc N         ranks, one GPU each (default: all GPUs; 2 in a dry run)
   --output DIR      where to write (default: a folder of the day in perf/results; in a dry run, a temporary one)
-  --reference DIR   the folder with the published CSV files, to plot them beside ours (such as ../shared/reference)
+  --reference DIR   the folder with the published CSV files, to plot them beside ours
   --quick           fewer checks, row counts and rounds, in about a minute; judged all the same
   --dry-run         without GPUs: the same steps on CPU ranks, tiny, by the kernel's host twins. No measurement
   -h, --help        this help
@@ -50,7 +51,7 @@ while (($#)); do
         *) die "unknown option $1; see --help" ;;
     esac
 done
-[[ ! $nproc || $nproc =~ ^[1-9][0-9]?$ ]] || die "--nproc must be a whole number such as 8, not '$nproc'"
+[[ ! $nproc || $nproc =~ ^([2-9]|[1-9][0-9])$ ]] || die "--nproc must be a whole number from 2 on, not '$nproc'"
 
 setup
 if [[ ! $nproc ]]; then

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 import operator
 import os
@@ -11,9 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser, parse_args
 
 from tokenweave.cli import failure, generate, generate_options, main
+from tokenweave.cli.entry import COMMANDS
 from tokenweave.cli.figures import Run, count_woven, figures
+from tokenweave.cli.setup import Setup
 from tokenweave.cli.stdout import own_stdout
 from tokenweave.cli.table import table
 from tokenweave.comm.choice import Choice
@@ -152,7 +156,7 @@ def test_options_reach_their_fields():
         progress=False,
     )
     assert generate.engine_config(options_of("--no-async-scheduling")).async_scheduling is False
-    sampling = "--temperature 0.5 --max-tokens none --min-tokens 2 --n 3 --top-p 0.9 --top-k 4 --min-p 0.1 --logprobs 2"
+    sampling = "--temperature 0.5 --max-tokens none --min-tokens 2 -n 3 --top-p 0.9 --top-k 4 --min-p 0.1 --logprobs 2"
     sampling += " --request-seed -7 --stop a --stop b --stop-token-id 3 --ignore-eos --include-stop"
     sampling += " --no-skip-special-tokens --repetition-penalty 1.5 --presence-penalty -1 --frequency-penalty 0.5"
     assert generate.sampling_params(options_of(*sampling.split())) == SamplingParams(
@@ -176,6 +180,16 @@ def test_options_reach_their_fields():
     )
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_torchrun_takes_no_option_for_an_abbreviation_of_its_own(command):
+    """It refuses one that begins several of its own, as --n does, even after -m tokenweave.cli generate."""
+    options = set(importlib.import_module(f"tokenweave.cli.{command}").parser()._option_string_actions)
+    theirs = set(get_args_parser()._option_string_actions)
+    assert not {(ours, their) for ours in options - theirs for their in theirs if their.startswith(ours)}
+    words = [word for option in sorted(options) for word in (option, "x")]
+    assert parse_args(["-m", "tokenweave.cli", command, *words]).training_script_args == [command, *words]
+
+
 def test_prompts_and_options_mix():
     options = options_of("a", "--max-tokens", "3", "b", "--json", "--", "--c")
     assert (options.prompts, options.max_tokens, options.json) == (["a", "b", "--c"], 3, True)
@@ -197,7 +211,7 @@ def test_without_prompts_the_embedded_model_adds(command):
 
 
 def test_json_is_all_of_stdout(command):
-    code, out, _ = command("12+34=", "7+8=", "--json", "--logprobs", "1", "--temperature", "1", "--n", "2")
+    code, out, _ = command("12+34=", "7+8=", "--json", "--logprobs", "1", "--temperature", "1", "-n", "2")
     said = json.loads(out)
     assert code == 0
     assert [output["prompt"] for output in said["outputs"]] == ["12+34=", "7+8="]
@@ -263,13 +277,14 @@ def test_libraries_that_print_do_not_spoil_standard_output(capfd):
 
 BAD = {
     "unknown option --temprature, did you mean --temperature?": ["--temprature", "1"],
+    "unknown option --n, did you mean -n?": ["--n", "2"],
     "argument --top-p: invalid float value: 'x'": ["--top-p", "x"],
     "argument --max-tokens: invalid int or none value: 'few'": ["--max-tokens", "few"],
     "argument --overlap: invalid choice: 'wave'": ["--overlap", "wave"],
     "top_p is 2.0; expected": ["--top-p", "2"],
     "max_tokens is 0; expected": ["--max-tokens", "0"],
     "temperature is -1.0; expected": ["--temperature", "-1"],
-    "n is 2; expected 1 when temperature is 0": ["--n", "2"],
+    "n is 2; expected 1 when temperature is 0": ["-n", "2"],
     "block_size must be": ["--block-size", "0"],
     "prompts file 'nowhere' cannot be read: No such file": ["--prompts-file", "nowhere"],
     "prompts in 'latin' are not UTF-8": ["--prompts-file", "latin"],
@@ -299,7 +314,7 @@ def test_bad_input_is_one_line(message, command, tmp_path):
 def test_a_command_is_needed(capsys):
     assert main([]) == main(["frobnicate"]) == 2
     first, second = capsys.readouterr().err.splitlines()
-    assert "COMMAND" in first
+    assert "a command is needed: one of generate, " in first
     assert "frobnicate" in second
 
 
@@ -366,8 +381,8 @@ def run_of(spans=(), **options):
     world_size = options.pop("world_size", 2)
     overlap = summary(spans) if options.get("trace") else None
     config = EngineConfig(model="m", **options)
-    woven = count_woven(spans)
-    return Run(config, world_size, "cpu", ["a", "b"], OUTPUTS, figures(OUTPUTS), overlap, woven, COMM, MEMORY, PLANS)
+    setup = Setup(config, (config.overlap,), world_size, "cpu", COMM, MEMORY, PLANS, "some-cpu")
+    return Run(setup, ["a", "b"], OUTPUTS, figures(OUTPUTS), overlap, count_woven(spans))
 
 
 def test_figures_count_and_time():

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 from tokenweave import embedded
 from tokenweave.cli import main
-from tokenweave.cli.plan_model import find_shape
+from tokenweave.cli.plan_model import families, find_shape
 from tokenweave.cost import predict_decode
 from tokenweave.cost.hardware import as_json, find_hardware
 from tokenweave.cost.published import PUBLISHED
@@ -43,6 +43,12 @@ def said(plan, *arguments):
 # -- what it says ------------------------------------------------------------------------------------------------------
 
 
+def test_more_than_a_machine_says_how_it_is_taken(plan):
+    said_of = {width: plan(LLAMA, "--tp", width)[1] for width in (8, 16)}
+    assert "machines           16 GPUs are taken to be joined like 8 of one machine\n" in said_of[16]
+    assert "machines" not in said_of[8]
+
+
 def test_the_table_has_every_section(plan):
     what_if = ("--what-if", "link=0.5", "--what-if", "flops=2,bandwidth=1.5")
     code, out, err = plan(LLAMA, "--tp", 8, *what_if, "--explain", "2048@1024+64x1@500", "--ttft-ms", 50)
@@ -54,7 +60,7 @@ def test_the_table_has_every_section(plan):
         "decode waits for   memory: reading weights",
         "overlap ",
         "TTFT target        50.0 ms, missed",
-        "weights and workspace need 141.7 GB a rank",
+        "weights and workspace need 141.7 GB a GPU",
         "prefill of one prompt",
         "link x 0.5",
         "flops x 2, bandwidth x 1.5",
@@ -63,6 +69,7 @@ def test_the_table_has_every_section(plan):
     ):
         assert text in out
     assert max(map(len, out.splitlines())) < 180
+    assert "rank" not in out
 
 
 def test_what_there_is_room_for_is_no_longer_than_the_model_allows(plan):
@@ -146,6 +153,17 @@ def test_a_model_by_name_folder_or_config(tmp_path):
     assert (name, len(shape.layers), shape.hidden_size) == ("mine", 3, 256)
 
 
+def test_models_are_listed_by_name_and_size(capsys):
+    listed = families()
+    assert listed == sorted(listed)
+    assert {"Llama-2-7B/13B/70B", "Mistral-7B-v0.3", "Mixtral-8x7B/8x22B"} < set(listed)
+    assert "Qwen3-0.6B/1.7B/4B/8B/14B/30B-A3B/32B/235B-A22B" in listed
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    text = capsys.readouterr().out
+    assert all(family in text for family in listed)
+
+
 def test_hardware_of_the_users_own(plan, tmp_path):
     values = {"like": "h100-sxm", "name": "roomy", "memory_bytes": 200e9}
     (tmp_path / "roomy.json").write_text(json.dumps(values))
@@ -174,13 +192,13 @@ BAD = {
     "is not named config.json": ["model.json"],
     "unknown hardware 'h10' (did you mean 'h100-sxm'?); known: h100-sxm": [LLAMA, "--hardware", "h10"],
     "the hardware file broken.json cannot be used": [LLAMA, "--hardware", "broken.json"],
-    "64 attention heads and 8 key-value heads, which 3 ranks cannot share evenly; world sizes that fit: 1, 2": [
+    "--tp 3 cannot be: the model has 64 attention heads and 8 key-value heads, which 3 ranks cannot share evenly; ": [
         LLAMA,
         "--tp",
         "3",
     ],
-    "world_size must be a whole number >= 1, got 0": [LLAMA, "--tp", "0"],
-    "on 1 x h100-sxm: weights and workspace need 141.7 GB a rank, and 72.0 GB can be used; 2 x h100-sxm serve it": [
+    "argument --tp/--tensor-parallel-size: expected a whole number >= 1, got '0'": [LLAMA, "--tp", "0"],
+    "on 1 x h100-sxm: weights and workspace need 141.7 GB a GPU, and 72.0 GB can be used; 2 x h100-sxm serve it": [
         LLAMA,
         "--tp",
         "1",
@@ -198,15 +216,17 @@ BAD = {
     ],
     "serves at most": [LLAMA, "--request-rate", "50"],
     "a100 has no peak for 'float8'; it has bfloat16": [LLAMA, "--hardware", "a100", "--dtype", "float8"],
-    "expected factors > 0 of flops, bandwidth, link, such as flops=2,link=0.5; got 'flop=2'": [
+    "expected factors from 0.001 to 1000 of flops, bandwidth, link, such as flops=2,link=0.5; got 'flop=2'": [
         LLAMA,
         "--what-if",
         "flop=2",
     ],
     "got 'link=-1'": [LLAMA, "--what-if", "link=-1"],
     "expected [COUNTx]TOKENS[@CONTEXT] with + between": [LLAMA, "--explain", "0"],
+    "expected at most 131072 tokens in one step, got '9x1+9999999x1'": [LLAMA, "--explain", "9x1+9999999x1"],
     "got '2x'": [LLAMA, "--explain", "5+2x"],
-    "prompt_len must be a whole number >= 1, got 0": [LLAMA, "--prompt-len", "0"],
+    "argument --step-tokens: expected a whole number >= 128, got '1'": [LLAMA, "--step-tokens", "1"],
+    "argument --prompt-len: expected a whole number >= 1, got '0'": [LLAMA, "--prompt-len", "0"],
     "argument --request-rate: not allowed with argument --batch-size": [
         LLAMA,
         "--batch-size",
@@ -214,7 +234,8 @@ BAD = {
         "--request-rate",
         "4",
     ],
-    "request_rate must be a number > 0, got -1.0": [LLAMA, "--request-rate", "-1"],
+    "argument --request-rate: expected a number > 0 and at most 1e+09, got '-1'": [LLAMA, "--request-rate", "-1"],
+    "argument --ttft-ms: expected a number > 0 and at most 1e+09, got 'nan'": [LLAMA, "--ttft-ms", "nan"],
     "--plot must name a .png file": [LLAMA, "--plot", "x.pdf"],
     "its folder does not exist": [LLAMA, "--plot", "no/x.png"],
     "tokenweave_figure_4.csv do not exist": [LLAMA, "--collectives", "no"],

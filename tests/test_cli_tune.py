@@ -118,8 +118,8 @@ def journal_lines(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--budget", "0"), "--budget must be > 0 seconds, got 0.0"),
-        (("--budget", "nan"), "--budget must be > 0 seconds, got nan"),
+        (("--budget", "0"), "argument --budget: expected a number > 0 and at most 1e+09, got '0'"),
+        (("--budget", "nan"), "argument --budget: expected a number > 0 and at most 1e+09, got 'nan'"),
         (("--rows", "x"), "expected row counts with commas between, such as 256,512,1024; got 'x'"),
         (("--rows", "0,4"), "--rows must be between 1 and 128, the largest step"),
         (("--rows", "4096"), "--rows must be between 1 and 128, the largest step"),
@@ -127,6 +127,7 @@ def journal_lines(tmp_path):
         (("--budgt", "3"), "unknown option --budgt, did you mean --budget?"),
         (("--link-latency-us", "3"), "give --link-gbit-per-s as well"),
         (("--comm", "peer"), "comm"),
+        (("--output", "/dev/null"), "cannot be made: Not a directory; name another by --output or TOKENWEAVE_CACHE"),
     ],
 )
 def test_tune_refuses_in_one_line(command, arguments, message):
@@ -217,7 +218,10 @@ def test_calibrate_has_torchrun_start_ranks(monkeypatch, command, tmp_path):
     ("arguments", "message"),
     [
         (("--output", "record.txt"), "--output must name a .json file, got record.txt"),
-        (("--tensor-parallel-size", "0"), "--tensor-parallel-size must be at least 1, got 0"),
+        (
+            ("--tensor-parallel-size", "0"),
+            "argument --tp/--tensor-parallel-size: expected a whole number >= 1, got '0'",
+        ),
         (("--device", "cuda"), "device='cuda', but torch sees no CUDA device"),
     ],
 )

@@ -16,11 +16,11 @@ import torch
 
 from tokenweave.comm.choice import Choice
 from tokenweave.comm.group import PeerError, is_lost_peer, leave_default_group
-from tokenweave.config import EngineConfig
+from tokenweave.config import OVERLAPS, EngineConfig, one_of
 from tokenweave.engine.engine import Engine, follow
 from tokenweave.engine.memory import Memory
 from tokenweave.engine.messages import Accepted, Done, Emit, Message, collect_spans
-from tokenweave.engine.prompts import accept
+from tokenweave.engine.prompts import Limits, accept, as_conversations
 from tokenweave.engine.rank import Rank, open_rank
 from tokenweave.engine.request import Prompt
 from tokenweave.engine.vocabulary import read_vocabulary
@@ -30,6 +30,7 @@ from tokenweave.outputs import RequestOutput
 from tokenweave.progress import Progress
 from tokenweave.trace.overlap import OverlapSummary, summary
 from tokenweave.trace.spans import Span
+from tokenweave.waiting import EXIT_S, ending_within
 
 Call = Generator[Message, None, None]
 
@@ -61,6 +62,7 @@ class LLM:
         meeting, watch = (workers.meeting, workers.check) if workers else (None, None)
         self._rank = rank = open_rank(self.config, meeting, watch=watch)
         self._ranks, self._runner = rank.ranks, rank.runner
+        self._planner = rank.planner
         self._plans = rank.planner.basis if rank.ranks.rank == 0 else "what rank 0 knows"
         vocabulary = read_vocabulary(rank.folder, rank.hf_config)
         self.tokenizer = vocabulary.tokenizer
@@ -92,6 +94,19 @@ class LLM:
         """What this rank's memory is for; str() is a line for people."""
         return self._runner.memory
 
+    @property
+    def limits(self) -> Limits:
+        """What a request must stay within: the vocabulary, the model's length, the KV cache."""
+        return self._engine.limits
+
+    def plan_by(self, overlap: str) -> None:
+        """From the next call on, run as this `overlap` says, to compare them on one model; of an LLM of overlap="auto",
+        which is ready for all. Raises ValueError for another, and for what is no overlap."""
+        one_of("overlap", overlap, OVERLAPS)
+        if overlap != self.config.overlap != "auto":
+            raise ValueError(f"this LLM was made for overlap={self.config.overlap!r}; make it with overlap='auto'")
+        self._engine.planner = self._planner.under(overlap)
+
     # -- generating ------------------------------------------------------------------------------------------------
 
     def generate(
@@ -117,9 +132,8 @@ class LLM:
     def _templated(self, messages: Any, template_options: dict[str, Any]) -> list[list[int]]:
         if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
             raise ValueError(f"{self.config.model} has no chat template; use generate with text of your own form")
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
         options = {"add_generation_prompt": True, "tokenize": False} | template_options
-        texts = [self.tokenizer.apply_chat_template(one, **options) for one in conversations]
+        texts = [self.tokenizer.apply_chat_template(one, **options) for one in as_conversations(messages)]
         return [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
     def _begin(
@@ -201,6 +215,8 @@ class LLM:
         except GeneratorExit:
             raise
         except BaseException as error:
+            if self._rank is not None:
+                self._rank.abort(why)
             lost = self._describe_loss() if is_lost_peer(error) else None
             self._shut(why, force=True)
             clear_frames(error)
@@ -242,14 +258,14 @@ class LLM:
 
     def _shut(self, why: str, force: bool = False) -> None:
         """force: the ranks are not between calls. Those that this object started are then ended first, so that what
-        this rank still waits for fails at once."""
+        this rank still waits for fails at once; else they leave together."""
         if self._closed is not None:
             return
         self._closed = why
-        if self._workers is not None and force:
-            self._workers.stop(force=True)
+        if self._workers is not None:
+            self._workers.stop(force=True) if force else self._workers.dismiss()
         if self._rank is not None:
-            self._rank.close()
+            self._rank.close(failed=force)
         if self._workers is not None:
             self._workers.stop()
             leave_default_group()
@@ -282,7 +298,8 @@ def close_at_exit(reference: weakref.ref[LLM]) -> None:
     """Close what is still open, while there still are groups and ranks to tell of it."""
     llm = reference()
     if llm is not None:
-        llm.close()
+        with ending_within(EXIT_S):
+            llm.close()
 
 
 def no_call() -> Call:

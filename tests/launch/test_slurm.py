@@ -40,16 +40,25 @@ def run(place, *arguments, stubs, env=None):
     return done.returncode, done.stdout, done.stderr
 
 
-def test_it_submits_itself(tmp_path):
+@pytest.mark.parametrize(
+    "gpus",
+    [
+        ("--gpus-per-node", "8"),
+        ("--gpus-per-node", "h100:8"),
+        ("--gres", "gpu:8"),
+        ("--gres", "gpu:h100_80gb-sxm:8"),
+        ("--gres", "nvme:1,gpu:h100:8,x:2"),
+    ],
+)
+def test_it_submits_itself_in_slurms_words(tmp_path, gpus):
     code, out, err = run(
-        tmp_path, "--nodes", "2", "--gpus-per-node", "8", "--sbatch", "--time=30", "--", "a.py", "b c",
-        stubs={"sbatch": PRINT},
-    )  # fmt: skip
+        tmp_path, "--nodes", "2", *gpus, "--sbatch", "--time=30", "--", "a.py", "b c", stubs={"sbatch": PRINT}
+    )
     assert code == 0, err
     words = out.splitlines()
-    assert words[:6] == ["--nodes", "2", "--ntasks-per-node", "1", "--gpus-per-node", "8"]
+    assert words[:6] == ["--nodes", "2", "--ntasks-per-node", "1", *gpus]
     assert words[6:10] == ["--time=30", "--export", f"ALL,TOKENWEAVE_ROOT={ROOT}", str(SCRIPT)]
-    assert words[10:14] == ["--nodes", "2", "--gpus-per-node", "8"]
+    assert words[10:14] == ["--nodes", "2", "--nproc", "8"]
     assert words[-3:] == ["--", "a.py", "b c"]
 
 
@@ -83,6 +92,26 @@ def test_a_dry_run_prints_the_command(tmp_path):
         (("--nodes", "2"), {}, "--gpus-per-node is needed, such as --gpus-per-node 8; see --help"),
         (("--nodes", "two"), {}, "--nodes must be a whole number such as 8, not 'two'; see --help"),
         (("a.py",), {}, "unknown option a.py; what torchrun is to run comes after --; see --help"),
+        (
+            ("--nodes", "2", "--gpus-per-node", "h100"),
+            {},
+            "--gpus-per-node must be a number such as 8, or h100:8, not 'h100'; see --help",
+        ),
+        (
+            ("--nodes", "2", "--gpus-per-node=a100:2,h100:8"),
+            {},
+            "--gpus-per-node must be a number such as 8, or h100:8, not 'a100:2,h100:8'; see --help",
+        ),
+        (
+            ("--nodes", "2", "--gres", "gpu"),
+            {},
+            "--gres must ask for GPUs, such as gpu:8 or gpu:h100:8, not 'gpu'; see --help",
+        ),
+        (
+            ("--gres", "gpu:8", "--gpus-per-node", "8"),
+            {},
+            "--gpus-per-node and --gres ask for the same, the GPUs of a node; give one of them",
+        ),
         ((), JOB, "the job names no GPUs; give --gpus-per-node, or --nproc for ranks without"),
     ],
 )
@@ -92,8 +121,8 @@ def test_bad_input_is_one_line(tmp_path, arguments, env, message):
 
 def test_two_nodes_generate_together(tmp_path):
     """Real: two torchruns that meet by c10d, one rank each, over gloo; the group spans what torchrun takes for two
-    machines. --n: the beginning of several of torchrun's own options."""
-    command = "-m tokenweave.cli generate --n 1 --device cpu --overlap weave --json 12+34= 999+1="
+    machines."""
+    command = "-m tokenweave.cli generate -n 1 --device cpu --overlap weave --json 12+34= 999+1="
     stubs = {"srun": SRUN, "scontrol": SCONTROL}
     env = JOB | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "TOKENWEAVE_CACHE": str(tmp_path)}
     options = ("--nproc", "1", "--port", str(free_port()), "--python", sys.executable)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from tokenweave.cli.bar import Bar
+from tokenweave.cli.options import above_zero, positive
 from tokenweave.cli.parser import Parser, UsageError
 from tokenweave.comm.group import environment_world_size, join
 from tokenweave.config import DEVICES
@@ -34,16 +35,17 @@ def parser() -> Parser:
     parser = Parser(prog="tokenweave calibrate", usage="tokenweave calibrate [options]", description=DESCRIPTION)
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: CUDA where there is one")
     parser.add_argument(
+        "--tp",
         "--tensor-parallel-size",
-        type=int,
-        default=None,
+        dest="tensor_parallel_size",
+        type=positive,
         metavar="N",
         help="ranks that sum with each other; a plain process has torchrun start them (default: 1, or all that run)",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the record here instead (a .json file)")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")
-    parser.add_argument("--timeout-s", type=float, default=120.0, help="the bound on every wait for another rank")
+    parser.add_argument("--timeout-s", type=above_zero, default=120.0, help="the bound on every wait for another rank")
     return parser
 
 
@@ -51,8 +53,6 @@ def run(options: argparse.Namespace, out: TextIO) -> None:
     if options.output is not None and options.output.suffix != ".json":
         raise ValueError(f"--output must name a .json file, got {options.output}")
     asked, running = options.tensor_parallel_size, environment_world_size()
-    if asked is not None and asked < 1:
-        raise ValueError(f"--tensor-parallel-size must be at least 1, got {asked}")
     if asked not in (None, running):
         return run_ranks(options, out)
     share_cores(local_place(None)[1])

@@ -17,6 +17,7 @@ from tokenweave.cli.stdout import own_stdout
 # asked for: `plan` needs none of the seconds that importing torch takes.
 COMMANDS = {
     "generate": "complete prompts with a language model",
+    "bench": "measure latency and tokens/s of a model, or of a shape without weights",
     "plan": "predict latency, throughput and memory of a model on so many GPUs",
     "calibrate": "measure this machine: GEMMs, attention, memory, and sums between ranks",
     "tune": "find the fastest way to run a model's steps on this machine, and keep it",
@@ -34,7 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(argv: Sequence[str], rank: int) -> None:
-    chosen = top_parser().parse_args(argv)
+    parser = top_parser()
+    chosen = parser.parse_args(argv)
+    if chosen.command is None:
+        parser.error(f"a command is needed: one of {', '.join(COMMANDS)}")
     command = importlib.import_module(f"tokenweave.cli.{chosen.command}")
     options = command.parser().parse(chosen.arguments)
     with own_stdout(speaks=rank == 0) as out:
@@ -50,6 +54,6 @@ def top_parser() -> Parser:
         epilog=f"commands:\n{commands}\n\n`tokenweave COMMAND --help` says more of each.",
     )
     parser.add_argument("--version", action="version", version=f"tokenweave {tokenweave.__version__}")
-    parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help=argparse.SUPPRESS)
+    parser.add_argument("command", nargs="?", choices=list(COMMANDS), metavar="COMMAND", help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help=argparse.SUPPRESS)
     return parser

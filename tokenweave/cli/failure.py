@@ -12,6 +12,7 @@ import traceback
 INPUT_ERRORS = (ValueError, TypeError, FileNotFoundError)
 # Failures that say what happened; of any other kind, where it happened is worth knowing, too.
 CLEAR_FAILURES = (OSError, MemoryError)
+CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # of a plain RuntimeError of torch's
 
 # A launcher ends all ranks as soon as it sees that one has ended. The others therefore let rank 0 speak and end first.
 RANK_0_FIRST_S = 10.0
@@ -41,7 +42,9 @@ def describe(error: BaseException, rank: int = 0) -> str:
     text = " ".join(str(error).splitlines())
     if isinstance(error, (*INPUT_ERRORS, *peer_errors())):
         return f"{who}: error: {text}\n"
-    is_clear = isinstance(error, (*CLEAR_FAILURES, *out_of_memory_errors()))
+    if CPU_OUT_OF_MEMORY in text:
+        text = f"{text}; lower --max-num-batched-tokens, --max-num-seqs or --max-model-len"
+    is_clear = CPU_OUT_OF_MEMORY in text or isinstance(error, (*CLEAR_FAILURES, *out_of_memory_errors()))
     where = "" if is_clear else "".join(traceback.format_exception(error))
     return f"{where}{who}: error: {type(error).__name__}: {text}\n"
 

@@ -6,9 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tokenweave.comm.choice import Choice
-from tokenweave.config import EngineConfig
-from tokenweave.engine.memory import Memory
+from tokenweave.cli.setup import Setup
 from tokenweave.outputs import RequestMetrics, RequestOutput
 from tokenweave.trace.overlap import OverlapSummary
 from tokenweave.trace.spans import Span
@@ -45,26 +43,20 @@ class Figures:
 
 @dataclass(frozen=True)
 class Run:
-    """All that can be said of one run. woven: (steps in two halves, all steps); overlap and woven need a trace.
-    memory: of rank 0. plans: what they go by, as LLM.plans says."""
+    """All that can be said of one run. woven: (steps in two halves, all steps); overlap and woven need a trace."""
 
-    config: EngineConfig
-    world_size: int
-    device: str
+    setup: Setup
     prompts: list[str]
     outputs: list[RequestOutput]
     figures: Figures
     overlap: OverlapSummary | None
     woven: tuple[int, int]
-    comm: Choice
-    memory: Memory
-    plans: str
 
     @property
     def no_overlap(self) -> str | None:
         """Why there are no figures of hidden communication; None if there are."""
-        if self.world_size == 1:
-            asked = self.config.overlap == "weave"
+        if self.setup.world_size == 1:
+            asked = self.setup.config.overlap == "weave"
             return "none: one rank has nothing to communicate" + (", so --overlap weave hid nothing" if asked else "")
         if self.overlap is None:
             return "not measured; --trace FILE says how much of it was hidden"

@@ -16,11 +16,12 @@ from tokenweave import embedded
 from tokenweave.cli.figures import Run, count_woven, figures
 from tokenweave.cli.generate_options import ENGINE, MODEL, OUTPUT, SAMPLING
 from tokenweave.cli.generate_parser import make_parser
+from tokenweave.cli.link import link
 from tokenweave.cli.options import chosen
-from tokenweave.cli.parser import Parser, UsageError
+from tokenweave.cli.parser import Parser
 from tokenweave.cli.printers import Printer, pick_printer
 from tokenweave.cli.prompts import on_every_rank, read_prompts
-from tokenweave.comm.link import Link
+from tokenweave.cli.setup import setup_of
 from tokenweave.config import EngineConfig
 from tokenweave.llm import LLM
 from tokenweave.outputs import RequestOutput
@@ -39,10 +40,8 @@ def run(options: argparse.Namespace, out: TextIO) -> None:
     printer = pick_printer(out, prompts, params.n, json=options.json, stream=options.stream)
     with LLM(**vars(config)) as llm:
         outputs = complete(llm, prompts, params, options.chat, printer)
-        world_size, device = llm.world_size, llm.device.type
-        comm, memory, plans = llm.comm, llm.memory, llm.plans
-        overlap, woven = llm.overlap_summary(), count_woven(llm.spans)
-    run = Run(config, world_size, device, prompts, outputs, figures(outputs), overlap, woven, comm, memory, plans)
+        setup = setup_of(llm, (config.overlap,))
+        run = Run(setup, prompts, outputs, figures(outputs), llm.overlap_summary(), count_woven(llm.spans))
     printer.finish(run)
 
 
@@ -81,14 +80,6 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
 def sampling_params(options: argparse.Namespace) -> SamplingParams:
     """Raises ValueError for what cannot be."""
     return SamplingParams(**chosen(options, SAMPLING))
-
-
-def link(options: argparse.Namespace) -> Link | None:
-    if options.link_gbit_per_s is None:
-        if options.link_latency_us:
-            raise UsageError("--link-latency-us is of a simulated link; give --link-gbit-per-s as well")
-        return None
-    return Link(options.link_gbit_per_s * 1e9 / 8, options.link_latency_us / 1e6)
 
 
 def quieten() -> None:

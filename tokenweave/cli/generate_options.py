@@ -13,6 +13,7 @@ MODEL = (
         "ranks to split the model over; a plain process starts them on this machine (default: 1, or all that torchrun "
         "started)",
         "N",
+        short="tp",
     ),
     Option("dtype", "of weights and activations; auto: the checkpoint's own on CUDA, float32 on a CPU", choices=DTYPES),
     Option("device", "auto: CUDA where there is one", choices=DEVICES),
@@ -24,8 +25,8 @@ MODEL = (
     ),
     Option(
         "load_format",
-        "auto: the model's safetensors; dummy: random weights, to measure a shape, for which config.json and a "
-        "tokenizer are enough",
+        "auto: the model's safetensors; dummy: random weights, to measure a shape (tokenweave bench), for which "
+        "config.json is enough",
         choices=LOAD_FORMATS,
     ),
     Option(
@@ -70,14 +71,22 @@ ENGINE = (
     Option("max_model_len", "most tokens of a prompt and its completion (default: what the model was made for)", "N"),
     Option("block_size", "tokens of one block of the KV cache", "N"),
     Option("num_kv_blocks", "blocks of the KV cache (default: by --gpu-memory-utilization; on a CPU, as needed)", "N"),
-    Option("gpu_memory_utilization", "share of a GPU's memory for weights, activations and KV cache", "X"),
+    Option(
+        "gpu_memory_utilization",
+        "share of a GPU's memory for weights, activations, CUDA graphs and KV cache; so much must be free at the start",
+        "X",
+    ),
     Option(
         "async_scheduling",
         "prepare and launch a step before the tokens of the last are known (default: on CUDA, where that hides the "
         "host's work)",
     ),
     Option("enforce_eager", "on CUDA: queue every step anew, without graphs"),
-    Option("cuda_graph_max_tokens", "on CUDA: the largest prefill step that is captured in a graph", "N"),
+    Option(
+        "cuda_graph_max_tokens",
+        "on CUDA: the largest prefill step that is captured in a graph (default: while queueing it takes longer)",
+        "N",
+    ),
     Option("enable_prefix_caching", "do not reuse the keys and values of equal beginnings", name="prefix_caching"),
     Option("seed", "what prompts without --request-seed draw from", "SEED"),
     Option("timeout_s", "the bound on every wait for another rank", "SECONDS"),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from tokenweave.cli.generate_options import ENGINE, MODEL, OUTPUT, SAMPLING
-from tokenweave.cli.options import add_options
+from tokenweave.cli.link import add_link
+from tokenweave.cli.options import Option, add_options
 from tokenweave.cli.parser import Parser
 from tokenweave.config import EngineConfig
 from tokenweave.sampling_params import SamplingParams
@@ -40,7 +44,8 @@ def make_parser(embedded: str) -> Parser:
     return parser
 
 
-def add_model(parser: Parser, embedded: str) -> None:
+def add_model(parser: Parser, embedded: str, options: Iterable[Option] = MODEL) -> Any:
+    """Returns the group."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -48,7 +53,8 @@ def add_model(parser: Parser, embedded: str) -> None:
         metavar="PATH_OR_HUB_ID",
         help="a Hugging Face folder or hub id (default: the embedded model, which adds numbers: 12+34= gives 46)",
     )
-    add_options(group, EngineConfig, MODEL)
+    add_options(group, EngineConfig, options)
+    return group
 
 
 def add_prompts(parser: Parser) -> None:
@@ -65,22 +71,10 @@ def add_prompts(parser: Parser) -> None:
     )
 
 
-def add_engine(parser: Parser) -> None:
+def add_engine(parser: Parser, options: Iterable[Option] = ENGINE) -> None:
     group = parser.add_argument_group("engine")
-    add_options(group, EngineConfig, ENGINE)
-    group.add_argument(
-        "--link-gbit-per-s",
-        type=float,
-        metavar="X",
-        help="simulate a link: slow communication down to X Gbit/s (CPU only; the times shown are then simulated)",
-    )
-    group.add_argument(
-        "--link-latency-us",
-        type=float,
-        default=0.0,
-        metavar="Y",
-        help="of the simulated link, microseconds (default: %(default)s)",
-    )
+    add_options(group, EngineConfig, options)
+    add_link(group)
 
 
 def add_output(parser: Parser) -> None:

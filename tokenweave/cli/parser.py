@@ -10,6 +10,14 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 WIDTH = 110
+# What options of vLLM's benchmarks and engine are called here, where the nearest name would mislead.
+NAMED_BY_VLLM = {
+    "batch-size": "num-prompts",
+    "num-iters": "rounds",
+    "num-gpu-blocks-override": "num-kv-blocks",
+    "random-input-len": "prompt-len",
+    "random-output-len": "output-len",
+}
 
 
 class UsageError(ValueError):
@@ -26,10 +34,16 @@ class Parser(argparse.ArgumentParser):
         """Options and positionals in any order. Raises UsageError, naming the nearest option for an unknown one."""
         options, unknown = self.parse_known_intermixed_args(argv)
         if unknown:
-            given = unknown[0].partition("=")[0]
-            nearest = difflib.get_close_matches(given, self._option_string_actions, n=1)
-            self.error(f"unknown option {given}" + (f", did you mean {nearest[0]}?" if nearest else ""))
+            self.error(self._refusal(unknown[0]))
         return options
+
+    def _refusal(self, word: str) -> str:
+        if not word.startswith("-"):
+            return f"unexpected argument {word!r}"
+        given, names = word.partition("=")[0], {option.lstrip("-"): option for option in self._option_string_actions}
+        word = NAMED_BY_VLLM.get(given.lstrip("-"), given.lstrip("-"))
+        nearest = difflib.get_close_matches(word, names, n=1)
+        return f"unknown option {given}" + (f", did you mean {names[nearest[0]]}?" if nearest else "")
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")

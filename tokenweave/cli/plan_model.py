@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,9 +75,14 @@ def expected() -> str:
 
 
 def families() -> list[str]:
-    """The published models in short: Llama-2-7B/13B/70B."""
+    """The published models in short, by name, then by size: Llama-2-7B/13B/70B."""
     sizes: dict[str, list[str]] = {}
     for name in PUBLISHED:
-        family, _, size = name.rpartition("-")
+        family, size = re.fullmatch(r"(.+?)-((?:\d+x)?[\d.]+B.*)", name).groups()  # type: ignore[union-attr]
         sizes.setdefault(family, []).append(size)
-    return [f"{family}-{'/'.join(each)}" for family, each in sorted(sizes.items())]
+    return [f"{family}-{'/'.join(sorted(each, key=in_figures))}" for family, each in sorted(sizes.items())]
+
+
+def in_figures(size: str) -> list[float]:
+    """8x22B: [8, 22]."""
+    return [float(figure) for figure in re.findall(r"[\d.]+", size)]

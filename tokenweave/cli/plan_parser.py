@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
-from tokenweave.cli.options import or_none
+from tokenweave.cli.options import above_zero, or_none, positive
 from tokenweave.cli.parser import Parser
+from tokenweave.cli.plan_model import families
 from tokenweave.cost.hardware import KNOWN
 from tokenweave.cost.shape import DTYPE_BYTES
 from tokenweave.cost.sizing import WHAT_IF
@@ -18,7 +20,7 @@ DESCRIPTION = """\
 What a model needs and does on so many GPUs, predicted: latencies, throughput, memory, what bounds each phase, and from
 how many tokens on overlapping communication pays. Needs no GPU and no weights; a config.json is enough."""
 
-EPILOG = """\
+EPILOG = f"""\
 examples:
   tokenweave plan Llama-3.3-70B                                       the fewest GPUs that serve one request at once
   tokenweave plan Qwen/Qwen3-32B --tp 4 --prompt-len 4096 --batch-size 32
@@ -28,9 +30,14 @@ examples:
   tokenweave plan Llama-3.3-70B --tp 8 --explain 2048@1024+64x1@500    a chunk after 1024 tokens, 64 rows that decode
   tokenweave plan Llama-3.3-70B --tp 8 --plot gain.png --json > plan.json
 
-FILE of --hardware holds the fields of a record, or those that differ from a known one: {"like": "h100-sxm",
-"name": "mine", "memory_bytes": 9.4e10}; `tokenweave calibrate` writes one. Times are of a model of the machine:
-docs/planning.md says what it assumes and how near it was to measurements."""
+FILE of --hardware holds the fields of a record, or those that differ from a known one: {{"like": "h100-sxm",
+"name": "mine", "memory_bytes": 9.4e10}}; `tokenweave calibrate` writes one. Times are of a model of the machine:
+docs/planning.md says what it assumes and how near it was to measurements.
+
+models known by name, in their published sizes; -Instruct and the like may follow:
+{fill(", ".join(families()), 110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)}"""
+
+MOST_ROWS = 1 << 17  # of a step that is explained
 
 
 def make_parser() -> Parser:
@@ -57,7 +64,7 @@ def add_where(group: Any) -> None:
         "--tp",
         "--tensor-parallel-size",
         dest="world_size",
-        type=int,
+        type=positive,
         metavar="N",
         help="GPUs that share the model (default: the fewest that serve the workload)",
     )
@@ -74,27 +81,27 @@ def add_where(group: Any) -> None:
 
 def add_workload(group: Any) -> None:
     default = Workload()
-    for flag, metavar, words in (
-        ("--prompt-len", "TOKENS", "of a request's prompt"),
-        ("--output-len", "TOKENS", "that a request gets"),
-        ("--step-tokens", "TOKENS", "of one step at most; longer prompts are computed in chunks"),
+    for flag, kind, words in (
+        ("--prompt-len", positive, "of a request's prompt"),
+        ("--output-len", positive, "that a request gets"),
+        ("--step-tokens", step_tokens, "of one step at most; longer prompts are computed in chunks"),
     ):
         name = flag.lstrip("-").replace("-", "_")
         shown = f"{words} (default: %(default)s)"
-        group.add_argument(flag, type=int, default=getattr(default, name), metavar=metavar, help=shown)
+        group.add_argument(flag, type=kind, default=getattr(default, name), metavar="TOKENS", help=shown)
     load = group.add_mutually_exclusive_group()
     load.add_argument(
         "--batch-size",
-        type=int,
+        type=positive,
         default=default.batch_size,
         metavar="N",
         help="requests at once (default: %(default)s)",
     )
     load.add_argument(
-        "--request-rate", type=or_none(float), metavar="R", help="requests that come a second, instead of a batch"
+        "--request-rate", type=or_none(above_zero), metavar="R", help="requests that come a second, instead of a batch"
     )
-    group.add_argument("--ttft-ms", type=or_none(float), metavar="MS", help="target: mean time to the first token")
-    group.add_argument("--tpot-ms", type=or_none(float), metavar="MS", help="target: time between tokens")
+    group.add_argument("--ttft-ms", type=or_none(above_zero), metavar="MS", help="target: mean time to the first token")
+    group.add_argument("--tpot-ms", type=or_none(above_zero), metavar="MS", help="target: time between tokens")
 
 
 def add_output(group: Any) -> None:
@@ -116,22 +123,27 @@ def add_output(group: Any) -> None:
     group.add_argument("--plot", type=Path, metavar="FILE.png", help="draw step times and gains by token count")
 
 
+def step_tokens(text: str) -> int:
+    """Each step of a prompt is looked at: fewer tokens would take minutes."""
+    return positive(text, least=128)
+
+
 def what_if(text: str) -> dict[str, float]:
     """ "flops=2,link=0.5" as numbers. Raises argparse's error for anything else."""
     factors = {}
     for part in text.split(","):
         name, _, factor = part.partition("=")
-        if name not in WHAT_IF or not is_positive(factor):
+        if name not in WHAT_IF or not in_reason(factor):
             raise argparse.ArgumentTypeError(
-                f"expected factors > 0 of {', '.join(WHAT_IF)}, such as flops=2,link=0.5; got {part!r}"
+                f"expected factors from 0.001 to 1000 of {', '.join(WHAT_IF)}, such as flops=2,link=0.5; got {part!r}"
             )
         factors[name] = float(factor)
     return factors
 
 
-def is_positive(text: str) -> bool:
+def in_reason(text: str) -> bool:
     try:
-        return 0 < float(text) < float("inf")
+        return 1e-3 <= float(text) <= 1e3
     except ValueError:
         return False
 
@@ -147,5 +159,7 @@ def batch(text: str) -> tuple[Chunk, ...]:
             raise argparse.ArgumentTypeError(
                 f"expected [COUNTx]TOKENS[@CONTEXT] with + between, such as 2048@1024+64x1@500; got {part!r}"
             )
-        chunks += [Chunk(int(numbers[1]), int(numbers[2]))] * int(numbers[0])
+        chunks += [Chunk(int(numbers[1]), int(numbers[2]))] * min(int(numbers[0]), MOST_ROWS)
+        if sum(chunk.tokens for chunk in chunks) > MOST_ROWS:
+            raise argparse.ArgumentTypeError(f"expected at most {MOST_ROWS} tokens in one step, got {text!r}")
     return tuple(chunks)

@@ -9,7 +9,7 @@ from typing import Any
 from tokenweave.cost.explain import Explanation, explain
 from tokenweave.cost.hardware import KNOWN
 from tokenweave.cost.memory import smallest_world_size
-from tokenweave.cost.shape import shard_shape
+from tokenweave.cost.shape import ModelShape, shard_shape
 from tokenweave.cost.sizing import WORLD_SIZES, Advice, Gain, Size, Sizer, advise, changed
 from tokenweave.cost.work import Chunk
 from tokenweave.cost.workload import Workload
@@ -26,12 +26,13 @@ class WhatIf:
 
 @dataclass(frozen=True)
 class Report:
-    """size: of the chosen world size; sizes: of all that were looked at. has_sms: whether a plan's SM counts matter.
-    max_len: tokens the model was made for; None: not known."""
+    """size: of the chosen world size; sizes: of all that were looked at. device: what a rank has of its own, in words.
+    has_sms: whether a plan's SM counts matter. max_len: tokens the model was made for; None: not known."""
 
     model: str
     max_len: int | None
     hardware: str
+    device: str
     has_sms: bool
     dtype: str
     workload: Workload
@@ -41,11 +42,6 @@ class Report:
     gains: list[Gain]
     what_if: list[WhatIf]
     explanation: Explanation | None
-
-    @property
-    def device(self) -> str:
-        """What a rank has of its own: all ranks share one CPU."""
-        return "GPU" if self.has_sms else "rank"
 
 
 def make_report(
@@ -59,7 +55,7 @@ def make_report(
     """world_size: None = the fewest that serve the workload. Raises ValueError for what does not fit, saying what
     would."""
     if world_size is not None:
-        shard_shape(sizer.shape, world_size)  # refuses what the heads cannot be shared by
+        check_heads(sizer.shape, world_size)
     check_length(model, sizer.shape.max_len, workload)
     sizes = [sizer.size(workload, count) for count in sorted({*sizer.world_sizes(), world_size or 1})]
     advice = advise(sizes, workload)
@@ -71,6 +67,7 @@ def make_report(
         model=model,
         max_len=sizer.shape.max_len,
         hardware=sizer.hardware.name,
+        device=sizer.hardware.device,
         has_sms=bool(sizer.hardware.tiles),
         dtype=sizer.shape.dtype,
         workload=workload,
@@ -81,6 +78,14 @@ def make_report(
         what_if=[suppose(sizer, workload, size.world_size, factors) for factors in what_if],
         explanation=None if batch is None else explain(sizer.cost(size.world_size, is_decode(batch)), batch),
     )
+
+
+def check_heads(shape: ModelShape, world_size: int) -> None:
+    """Raises ValueError for ranks that cannot share the heads evenly."""
+    try:
+        shard_shape(shape, world_size)
+    except ValueError as error:
+        raise ValueError(f"--tp {world_size} cannot be: {error}") from None
 
 
 def check_length(model: str, max_len: int | None, workload: Workload) -> None:

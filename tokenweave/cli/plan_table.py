@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
+from tokenweave.cli.cells import Cells, aligned, duration
 from tokenweave.cli.plan_report import Report
 from tokenweave.cost.breakdown import Breakdown
 from tokenweave.cost.choice import Choice
@@ -12,8 +13,7 @@ from tokenweave.cost.sizing import Serving, Size
 from tokenweave.cost.workload import Workload
 
 LABEL_WIDTH = 19
-
-Cells = Sequence[str]
+MOST_TOGETHER = 8  # GPUs of one machine, as a rule: what the figures were fitted to
 
 
 def table(report: Report, plot: Path | None = None) -> str:
@@ -34,6 +34,8 @@ def of_model(report: Report) -> Iterator[str]:
     size, memory, workload = report.size, report.size.memory, report.workload
     yield f"{report.model} on {size.world_size} x {report.hardware}, {report.dtype}"
     yield labelled("workload", describe(workload))
+    if size.world_size > MOST_TOGETHER and report.device == "GPU":
+        yield labelled("machines", f"{size.world_size} GPUs are taken to be joined like {MOST_TOGETHER} of one machine")
     used = f"{gigabytes(memory.weights_bytes)} weights, {gigabytes(memory.workspace_bytes)} workspace"
     yield labelled(f"memory of a {report.device}", f"{used}, {gigabytes(memory.usable_bytes)} usable of it")
     each, requests = f"{memory.kv_bytes_per_token / 1e3:.1f} KB each", memory.largest_batch(workload.tokens)
@@ -103,7 +105,7 @@ def remark(size: Size, workload: Workload) -> str:
 
 def of_gains(report: Report) -> Iterator[str]:
     if report.size.world_size == 1:
-        yield "prefill of one prompt: one device has nothing to sum, so nothing to gain; --tp N shows the gains of N"
+        yield f"prefill of one prompt: one {report.device} has nothing to sum or to gain; --tp N shows the gains of N"
         return
     rows: list[Cells] = [("tokens", "off", "fused", "weave", "no sums", "plan")]
     for gain in report.gains:
@@ -183,19 +185,5 @@ def labelled(label: str, text: str) -> str:
     return f"{label:<{LABEL_WIDTH}}{text}"
 
 
-def aligned(rows: Sequence[Cells], left: tuple[int, ...] = ()) -> Iterator[str]:
-    """Columns, right-aligned but for those in `left`, two spaces between."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (
-            cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
-        )
-        yield "  ".join(cells).rstrip()
-
-
 def gigabytes(size_bytes: float) -> str:
     return f"{size_bytes / 1e9:.1f} GB"
-
-
-def duration(seconds: float) -> str:
-    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"

@@ -13,17 +13,10 @@ from tokenweave.outputs import CompletionOutput, Logprob, RequestOutput
 
 def record(run: Run) -> dict[str, Any]:
     """Everything that the table says and every completion, for json.dumps. Times are seconds."""
-    config, woven = run.config, dict(zip(("woven_steps", "steps"), run.woven, strict=True))
+    config, woven = run.setup.config, dict(zip(("woven_steps", "steps"), run.woven, strict=True))
     trace = None if config.trace is None else Path(config.trace)
-    return {
-        "model": config.model,
-        "world_size": run.world_size,
-        "device": run.device,
+    return run.setup.record() | {
         "overlap": config.overlap,
-        "comm": asdict(run.comm),
-        "plans": run.plans,
-        "memory": asdict(run.memory),
-        "simulated_link": None if config.link is None else asdict(config.link),
         "figures": asdict(run.figures) | {"tokens_per_s": run.figures.tokens_per_s},
         "communication": None if run.no_overlap or run.overlap is None else asdict(run.overlap) | woven,
         "no_communication": run.no_overlap,

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from tokenweave.cli.cells import duration
 from tokenweave.cli.figures import TIMES, Run
+from tokenweave.cli.setup import Row
 from tokenweave.trace.overlap import Overlap
 
 LABEL_WIDTH = 17
 
-Row = tuple[str, str]
-
 
 def table(run: Run) -> str:
     """The lines of the summary, each with its newline."""
-    rows = [*of_tokens(run), *of_ranks(run), *of_communication(run)]
-    return "".join(f"{label:<{LABEL_WIDTH}}{value}\n" for label, value in rows) + TIMES + "\n"
+    return lines([*of_tokens(run), *run.setup.rows(), *of_communication(run)]) + TIMES + "\n"
+
+
+def lines(rows: Iterable[Row]) -> str:
+    return "".join(f"{label:<{LABEL_WIDTH}}{value}\n" for label, value in rows)
 
 
 def of_tokens(run: Run) -> Iterator[Row]:
@@ -31,20 +34,6 @@ def of_tokens(run: Run) -> Iterator[Row]:
         yield "preemptions", f"{figures.preemptions}, for lack of KV blocks (--num-kv-blocks)"
 
 
-def of_ranks(run: Run) -> Iterator[Row]:
-    yield "ranks", f"{run.world_size} on {run.device}, --overlap {run.config.overlap}"
-    yield "memory", str(run.memory)
-    if run.world_size > 1 and run.config.overlap != "off":
-        yield "sums", f"{run.comm.implementation}: {run.comm.reason}"
-    if run.world_size > 1 and run.config.overlap == "auto":
-        yield "plans", f"by {run.plans}"
-    if run.config.link is not None:
-        gbit_per_s = run.config.link.bandwidth_bytes_per_s * 8 / 1e9
-        speed = f"{gbit_per_s:g} Gbit/s, {run.config.link.latency_s * 1e6:g} us"
-        effect = "not used by one rank" if run.world_size == 1 else "all times here are those of a simulation"
-        yield "simulated link", f"{speed}: {effect}"
-
-
 def of_communication(run: Run) -> Iterator[Row]:
     if run.overlap is None or run.no_overlap is not None:
         yield "communication", run.no_overlap or ""
@@ -54,8 +43,8 @@ def of_communication(run: Run) -> Iterator[Row]:
             if phase and overlap.hidden_share is not None:
                 yield f"  {phase}", shares(overlap)
         yield "woven", "{} of {} steps".format(*run.woven)
-    if run.config.trace is not None:
-        path = Path(run.config.trace)
+    if run.setup.config.trace is not None:
+        path = Path(run.setup.config.trace)
         yield "timeline", f"{path} (open in ui.perfetto.dev), {path.with_suffix('.png')}"
 
 
@@ -63,7 +52,3 @@ def shares(overlap: Overlap) -> str:
     share = 100 * (overlap.hidden_share or 0.0)
     hidden, exposed = duration(overlap.hidden_s), duration(overlap.exposed_s)
     return f"{share:.0f} % hidden: {hidden} of {duration(overlap.communication_s)}, {exposed} exposed"
-
-
-def duration(seconds: float) -> str:
-    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"

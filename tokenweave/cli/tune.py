@@ -13,9 +13,11 @@ from typing import Any, TextIO
 
 from tokenweave import embedded
 from tokenweave.cli.bar import Bar
-from tokenweave.cli.generate import link, quieten
+from tokenweave.cli.generate import quieten
 from tokenweave.cli.generate_options import ENGINE, MODEL
-from tokenweave.cli.options import add_options, chosen
+from tokenweave.cli.generate_parser import add_engine, add_model
+from tokenweave.cli.link import link
+from tokenweave.cli.options import above_zero, chosen
 from tokenweave.cli.parser import Parser
 from tokenweave.config import EngineConfig
 from tokenweave.cost.journal import Journal
@@ -42,25 +44,15 @@ ENGINE_FIELDS = ("max_num_batched_tokens", "max_model_len", "block_size", "num_k
 
 def parser() -> Parser:
     parser = Parser(prog="tokenweave tune", usage="tokenweave tune [options]", description=DESCRIPTION, epilog=EPILOG)
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model",
-        default=str(embedded.path()),
-        metavar="PATH_OR_HUB_ID",
-        help="a Hugging Face folder or hub id (default: the embedded model)",
-    )
-    add_options(model, EngineConfig, model_options())
+    add_model(parser, str(embedded.path()), model_options())
     add_search(parser.add_argument_group("search"))
-    engine = parser.add_argument_group("engine")
-    add_options(engine, EngineConfig, engine_options())
-    engine.add_argument("--link-gbit-per-s", type=float, metavar="X", help="tune for a simulated link (CPU only)")
-    engine.add_argument("--link-latency-us", type=float, default=0.0, metavar="Y", help="of the simulated link")
+    add_engine(parser, engine_options())
     return parser
 
 
 def add_search(group: Any) -> None:
     group.add_argument(
-        "--budget", type=float, default=120.0, metavar="SECONDS", help="to measure in (default: %(default)s)"
+        "--budget", type=above_zero, default=120.0, metavar="SECONDS", help="to measure in (default: %(default)s)"
     )
     group.add_argument(
         "--rows",
@@ -104,8 +96,6 @@ class Result:
 
 def run(options: argparse.Namespace, out: TextIO) -> None:
     quieten()
-    if not options.budget > 0:
-        raise ValueError(f"--budget must be > 0 seconds, got {options.budget}")
     stepper = Stepper(engine_config(options))
     failed = True
     try:

@@ -76,6 +76,11 @@ class Hardware:
     tiles: tuple[Tile, ...] = TILES  # () = GEMMs have no waves
     efficiency: Efficiency = field(default_factory=Efficiency)
 
+    @property
+    def device(self) -> str:
+        """What a rank has of its own, in words: all ranks share one CPU."""
+        return "GPU" if self.tiles else "rank"
+
     def peak(self, dtype: str) -> float:
         """FLOP/s. Raises ValueError naming the known dtypes."""
         if dtype not in self.flops:

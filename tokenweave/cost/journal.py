@@ -25,11 +25,15 @@ class Journal:
     def __init__(self, path: Path, about: dict[str, Any]):
         """about: what must be the same for measurements to be of use, else the journal is begun anew.
 
-        Raises ValueError for a broken journal, and while another process has it open.
+        Raises ValueError for a broken journal, where there can be none, and while another process has it open.
         """
         self.path = path
         self._known: dict[Case, deque[float]] = defaultdict(deque)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            why = f"the folder {str(path.parent)!r} cannot be made: {error.strerror}"
+            raise ValueError(f"{why}; name another by --output or TOKENWEAVE_CACHE") from error
         self._file: BinaryIO = open(path, "a+b")  # noqa: SIM115  (`close` closes it)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -60,7 +60,8 @@ class Gemm:
     def compute_s(self, rows: Numbers, sms: Numbers) -> Numbers:
         """Every SM does one tile a wave, and the last wave takes as long as the others.
 
-        The library chooses the tile as if all SMs were free: beside a collective, it may be the wrong one.
+        The library chooses the tile as if all SMs were free: beside a collective, it may be the wrong one. Told how
+        many are left (Plan.carve_out), it may choose a better one than this.
         """
         if not self.options:
             return 2 * rows * self.top_k * self.n * self.k / (self.flops * sms / self.sms)

@@ -13,6 +13,7 @@ DENSE = {
     "Llama-2-13B": (40, 5120, 13824, 40, 40, 128, 32000),
     "Llama-2-70B": (80, 8192, 28672, 64, 8, 128, 32000),
     "Llama-3.1-8B": (32, 4096, 14336, 32, 8, 128, 128256),
+    "Llama-3.1-70B": (80, 8192, 28672, 64, 8, 128, 128256),
     "Llama-3.1-405B": (126, 16384, 53248, 128, 8, 128, 128256),
     "Llama-3.3-70B": (80, 8192, 28672, 64, 8, 128, 128256),
     "Mistral-7B-v0.3": (32, 4096, 14336, 32, 8, 128, 32768),
@@ -61,20 +62,25 @@ QWEN3_EXPERTS = {
     "Qwen3-30B-A3B": ((48, 2048, 768, 32, 4, 128, 151936), 128, 8),
     "Qwen3-235B-A22B": ((94, 4096, 1536, 64, 4, 128, 151936), 128, 8),
 }
-# Tokens that a model was made for, by how its name begins, from max_position_embeddings in the same files (Qwen2.5: of
-# the instruct models). Not stated: not known.
+# Tokens that a model was made for, by how its name begins: max_position_embeddings of the same files. These and the
+# sizes above were checked on 2026-11-21 against github Lightning-AI/litgpt, litgpt/config.py at 26857050fe3f, which
+# quotes each config.json by its address. Not there: Mistral-Nemo, Mistral-Small, OLMo-2-1B and 32B. Otherwise there:
+# the vocabulary of Mixtral-8x22B, 32768, which is that of the instruct model.
 MAX_LEN = {
     "Llama-2-": 4096,
     "Llama-3": 131072,
     "Mistral-7B": 32768,
-    "Mistral-Small": 32768,
+    "Mistral-Small": 32768,  # from the model card of Mistral-Small-24B-Instruct-2501; its config.json was not seen
     "Mixtral-8x7B": 32768,
     "Mixtral-8x22B": 65536,
+    # Of the instruct models: their cards ask for YaRN beyond. litgpt has 131072 for most, as the base models' files do.
     "Qwen2.5": 32768,
     "Qwen3": 40960,
-    "OLMo-2": 4096,
+    "OLMo-2": 4096,  # 1B and 32B: from github facebookresearch/fairseq2, models/olmo/config.py at 027bdebca4b9
     "Gemma-2": 8192,
 }
+# Not stated, since sources differ: Mistral-Nemo (1024000 in its config.json, 128k on its card), Mistral-Large (32768 in
+# litgpt, 128k on its card).
 
 Sizes = tuple[int, int, int, int, int, int, int]
 

@@ -86,7 +86,7 @@ class Sizer:
     def size(self, workload: Workload, world_size: int) -> Size:
         """Everything about a workload at one W."""
         memory = memory_of(self.shape, self.hardware, world_size, min(workload.step_tokens, workload.prompt_len))
-        why_not = why_no_room(memory, workload)
+        why_not = why_no_room(memory, workload, self.hardware.device)
         if why_not:
             return Size(world_size, memory, dict.fromkeys((*MODES, "auto")), why_not, None, None)
         serving = {mode: self.serve(workload, world_size, mode) for mode in (*MODES, "auto")}

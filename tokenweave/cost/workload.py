@@ -56,12 +56,12 @@ def prefill_steps(prompt_len: int, batch_size: int, step_tokens: int) -> Iterato
         yield tuple(step)
 
 
-def why_no_room(memory: Memory, workload: Workload) -> str:
-    """Why a workload does not fit into memory; "" if it does."""
+def why_no_room(memory: Memory, workload: Workload, device: str) -> str:
+    """Why a workload does not fit into the memory of a device ("GPU"); "" if it does."""
     room = memory.usable_bytes - memory.weights_bytes - memory.workspace_bytes
     if room <= 0:
-        needed = (memory.weights_bytes + memory.workspace_bytes) / 1e9
-        return f"weights and workspace need {needed:.1f} GB a rank, and {memory.usable_bytes / 1e9:.1f} GB can be used"
+        needed, usable = (memory.weights_bytes + memory.workspace_bytes) / 1e9, memory.usable_bytes / 1e9
+        return f"weights and workspace need {needed:.1f} GB a {device}, and {usable:.1f} GB can be used"
     requests = workload.batch_size if workload.request_rate is None else 1
     if memory.largest_batch(workload.tokens) < requests:
         batch, context = memory.largest_batch(workload.tokens), memory.largest_context(requests)
