@@ -47,19 +47,21 @@ class Comparison:
 
 
 def interleaved(contestants: Mapping[str, Callable[[], float | None]], rounds: int) -> dict[str, list[float]]:
-    """Run every contestant once to warm up, then in turn, `rounds` times. Returns seconds by contestant.
+    """Run every contestant to warm up, once, and once more on GPUs, where a step that comes again is captured; then in
+    turn, `rounds` times. Returns seconds by contestant.
 
     A contestant may return its own seconds; else it is timed as a whole. All ranks start each run together.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for round_ in range(rounds + 1):
+    warm_ups = 2 if torch.cuda.is_available() else 1
+    for round_ in range(-warm_ups, rounds):
         for name, run in contestants.items():
             if dist.is_initialized():
                 dist.barrier()
             start_s = time.perf_counter()
             own_s = run()
             elapsed_s = time.perf_counter() - start_s
-            if round_ > 0:
+            if round_ >= 0:
                 seconds[name].append(elapsed_s if own_s is None else own_s)
     return seconds
 

@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # What was calibrated, tuned or compiled on this machine is no business of tests. Ranks inherit it.
     os.environ["TOKENWEAVE_CACHE"] = tempfile.mkdtemp(prefix="tokenweave-tests-")
     atexit.register(shutil.rmtree, os.environ["TOKENWEAVE_CACHE"], ignore_errors=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, with all they start
     torch.set_num_threads(1)  # tests are too small to gain from more, and lose much where threads wait for a busy core
 
 

@@ -29,8 +29,9 @@ BAD = [
     ({"num_kv_blocks": 0}, "num_kv_blocks must be a whole number >= 1, got 0"),
     ({"max_model_len": "4k"}, "max_model_len must be a whole number >= 1, got '4k'"),
     ({"tensor_parallel_size": 0}, "tensor_parallel_size must be a whole number >= 1, got 0"),
-    ({"timeout_s": 0}, "timeout_s must be > 0 seconds, got 0"),
-    ({"timeout_s": float("nan")}, "timeout_s must be > 0 seconds, got nan"),
+    ({"timeout_s": 0}, "timeout_s must be > 0 and at most 1e+09 seconds, got 0"),
+    ({"timeout_s": float("nan")}, "timeout_s must be > 0 and at most 1e+09 seconds, got nan"),
+    ({"timeout_s": float("inf")}, "timeout_s must be > 0 and at most 1e+09 seconds, got inf"),
     ({"trace": "x.png"}, "trace must name a .json file (its picture is written beside it as .png), got 'x.png'"),
     ({"link": 3}, "link must be a tokenweave.comm.link.Link or None, got 3"),
 ]

@@ -442,7 +442,8 @@ def test_help_needs_no_set_up():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--nproc", "none"], "tokenweave: --nproc must be a whole number such as 8, not 'none'\n"),
+        (["--nproc", "none"], "tokenweave: --nproc must be a whole number from 2 on, not 'none'\n"),
+        (["--nproc", "1"], "tokenweave: --nproc must be a whole number from 2 on, not '1'\n"),
         (["--nproc="], "tokenweave: --nproc needs a value; see --help\n"),
         (["--output"], "tokenweave: --output needs a value; see --help\n"),
         (["--fast"], "tokenweave: unknown option --fast; see --help\n"),

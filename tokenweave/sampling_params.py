@@ -67,6 +67,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature < GREEDY_TEMPERATURE
 
+    @property
+    def penalised(self) -> bool:
+        """Tokens that there are already change the next one's logits."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
     def _check_types(self) -> None:
         for name in ("n", "top_k", "min_tokens"):
             _check_int(name, getattr(self, name))

@@ -20,7 +20,7 @@ import torch
 
 from perf import stand_in, timing
 from perf.fused_one_gpu import driver
-from perf.gpu import decode, equality, kernels, predicted, prefill, report, throughput, two_ranks
+from perf.gpu import decode, equality, kernels, predicted, prefill, report, sampling, throughput, two_ranks
 from perf.gpu.figure import Figure
 from perf.gpu.scale import FULL, TINY, Scale
 
@@ -31,6 +31,7 @@ PARTS: dict[str, Callable[[Scale, Callable[[Figure], None]], None]] = {
     "prefill": prefill.measure,
     "decode": decode.measure,
     "kernels": kernels.measure,
+    "sampling": sampling.measure,
     "throughput": throughput.measure,
     "predicted": predicted.measure,
     "stand_in": stand_in.measure,

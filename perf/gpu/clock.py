@@ -24,9 +24,9 @@ def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def in_turn(
-    contestants: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int, warm_ups: int = 1
+    contestants: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int, warm_ups: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds by contestant and round; each runs `warm_ups` times before."""
+    """Seconds by contestant and round; each runs `warm_ups` times before: once to compile, once to capture graphs."""
     for run in contestants.values():
         for _ in range(warm_ups):
             run()

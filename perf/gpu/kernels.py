@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -85,7 +85,8 @@ def busy_and_idle(ran: Sequence[Ran]) -> tuple[float, float]:
 
 def by_name(ran: Sequence[Ran]) -> list[tuple[str, float, int]]:
     """(name, us in all, how many) of each kernel, the longest first."""
-    us, calls = Counter[str](), Counter(one.name for one in ran)
+    us: dict[str, float] = defaultdict(float)
     for one in ran:
         us[one.name] += one.end_us - one.start_us
-    return [(name, total, calls[name]) for name, total in us.most_common()]
+    calls = Counter(one.name for one in ran)
+    return [(name, us[name], calls[name]) for name in sorted(us, key=lambda name: us[name], reverse=True)]

@@ -19,7 +19,7 @@ def measure(scale: Scale, say: Callable[[Figure], None]) -> None:
     tokens, ids = scale.prefill_tokens, prompt(scale, scale.prefill_tokens)
     with config_folder(scale) as folder, opened(scale, folder, max_num_batched_tokens=tokens) as llm:
         run = {"prefill": lambda: llm.generate(ids, greedy(1))}
-        seconds = in_turn(run, scale.torch_device, scale.rounds, warm_ups=2)["prefill"]
+        seconds = in_turn(run, scale.torch_device, scale.rounds)["prefill"]
     flops = prefill_flops(scale, tokens)
     say(spread(f"prefill of {tokens} tokens, to the first token", [1e3 * s for s in seconds], "ms"))
     say(spread(f"prefill of {tokens} tokens", [flops / s / best for s in seconds], "of the matmul's FLOP/s", GOAL))

@@ -23,6 +23,9 @@ Figures 1, 4, 10, 11, 12 and 13 of the TokenWeave paper on the GPUs of this mach
 
 A model is a name of the cost model's published table, run with random weights (nothing is downloaded), a folder with
 a config.json (its safetensors, where it has some), or a hub id (config.json alone is downloaded).
+
+Needs two GPUs or more, joined by NVLink, with room for the model in bf16 (Llama-3.3-70B: 141 GB in all), and wants them
+for itself. Everything takes hours, --quick a small part of that; neither has run on GPUs yet, so nobody knows better.
 """
 EXAMPLES = """\
 examples:
@@ -32,8 +35,9 @@ examples:
   launch/figures.sh --models ./my-model --quick             few and small points
   launch/figures.sh --dry-run                               no GPU: the same steps over gloo, tiny
 
-Writes report.md with its plots, figures.csv and figures.json to --out, what is done so far to journal.jsonl there: the
-same command goes on where an earlier one was ended.
+Prints what it measures on the way, and where the report is. Writes report.md with its plots, figures.csv and
+figures.json to --out, what is done so far to journal.jsonl there: the same command goes on where an earlier one was
+ended. Exit code 0: everything was measured; 1: not, and the report says what lacks; 2: bad usage; 130: stopped.
 """
 
 

@@ -19,7 +19,7 @@ def resolve(model: str | Path, weights: bool = True) -> Path:
     if path.is_dir():
         return _with_config(path)
     if path.exists():
-        raise CheckpointError(f"model {str(path)!r} is a file; give the folder that holds config.json and the weights")
+        raise CheckpointError(f"model {str(path)!r} is a file; give the folder that holds it")
     if isinstance(model, Path) or _looks_like_path(model):
         raise CheckpointError(f"model folder {str(path)!r} does not exist; give a folder or a hub id 'org/name'")
     return _with_config(_download(model, weights))

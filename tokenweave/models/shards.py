@@ -96,7 +96,10 @@ def _unindexed_tensors(folder: Path) -> dict[str, Entry]:
 def _no_weights(folder: Path) -> str:
     others = sorted(f.name for f in folder.glob("*") if f.suffix in (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"))
     if not others:
-        return f"{folder} holds no *.safetensors file; download or copy the weights into it"
+        return (
+            f"{folder} holds no *.safetensors file; download or copy the weights into it, or measure the shape with "
+            "random ones: load_format='dummy'"
+        )
     return (
         f"{folder} holds no *.safetensors file, only {', '.join(others[:3])}; convert it with transformers: "
         f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(NEW_FOLDER), and the tokenizer likewise"
